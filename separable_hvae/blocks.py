@@ -1,0 +1,97 @@
+r"""Building blocks of the networks, written once for one, two and three dimensions.
+
+A residual bottleneck block is
+
+    y = x + c · W₄ φ(W₃ φ(W₂ φ(W₁ φ(x)))),        φ = swish,  c = 1/√L at initialisation,
+
+with W₁, W₄ pointwise, W₂, W₃ of three points on every axis that has more than one. There is no
+normalisation layer: c keeps the variance of a deep top-down path near one (VDVAE).
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from separable_hvae.decomposition import resample
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def conv(inputs: int, outputs: int, grid: Sequence[int], *, pointwise: bool = False, gain: float = 1.0) -> nn.Module:
+    """Convolution that keeps ``grid``; ``gain`` multiplies the initial weights, and 0 also zeroes the bias."""
+    kernel = tuple(1 if pointwise or n == 1 else 3 for n in grid)
+    layer = _CONV[len(grid)](inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel))  # type: ignore[arg-type]
+    layer.weight.data.mul_(gain)
+    if gain == 0 and layer.bias is not None:
+        layer.bias.data.zero_()
+    return layer
+
+
+class Bottleneck(nn.Module):
+    """Map ``(B, inputs, *grid)`` to ``(B, outputs, *grid)`` through ``hidden`` channels.
+
+    Args:
+        inputs: Channels that come in.
+        hidden: Channels of the bottleneck.
+        outputs: Channels that go out.
+        grid: Points on each axis.
+        gain: Factor on the initial weights of the last convolution.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, grid: Sequence[int], *, gain: float = 1.0) -> None:
+        super().__init__()
+        self.enter = conv(inputs, hidden, grid, pointwise=True)
+        self.first = conv(hidden, hidden, grid)
+        self.second = conv(hidden, hidden, grid)
+        self.leave = conv(hidden, outputs, grid, pointwise=True, gain=gain)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.enter, self.first, self.second, self.leave):
+            x = layer(F.silu(x))
+        return x
+
+
+class ResidualBlock(Bottleneck):
+    """Residual :class:`Bottleneck` from ``width`` to ``width`` channels."""
+
+    def __init__(self, width: int, hidden: int, grid: Sequence[int], *, gain: float = 1.0) -> None:
+        super().__init__(width, hidden, width, grid, gain=gain)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Encoder(nn.Module):
+    """Bottom-up path: one activation for each scale.
+
+    Args:
+        channels: Real channels of the signal.
+        width: Channels of the activations.
+        hidden: Channels of the bottlenecks.
+        grids: Grid of each scale, coarse to fine; the last one is the signal's.
+        blocks: Residual blocks at each scale.
+        gain: Factor on the last convolution of each block, ``1/√L``.
+    """
+
+    def __init__(
+        self, channels: int, width: int, hidden: int, grids: Sequence[tuple[int, ...]], blocks: int, *, gain: float
+    ) -> None:
+        super().__init__()
+        self.grids = list(grids)
+        self.stem = conv(channels, width, self.grids[-1])
+        self.scales = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width, hidden, g, gain=gain) for _ in range(blocks))) for g in self.grids
+        )
+
+    @override
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map packed signals ``(B, C, *size)`` to activations ``(B, width, *grid)``, coarse to fine."""
+        y, activations = self.stem(x), []
+        for grid, blocks in zip(reversed(self.grids), reversed(list(self.scales)), strict=True):
+            y = blocks(resample(y, grid))
+            activations.append(y)
+        return activations[::-1]

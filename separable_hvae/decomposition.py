@@ -1,0 +1,390 @@
+r"""Decompositions: invertible linear maps between a signal and its bands.
+
+A decomposition writes a signal as a sum of linear pieces, one for each scale,
+
+    x = Σ_s B_s h_s,        h = B⁻¹ x,
+
+and promises ``synthesis(analysis(x)) == x`` with both maps linear. Where it declares itself
+*orthonormal*, ‖x‖² = Σ_s ‖h_s‖², so squared error in the bands is squared error in the signal,
+and the bands have as many entries as the signal has real degrees of freedom.
+"""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from separable_hvae.laws import LawReport, measure_laws
+
+P = ParamSpec("P")
+R = TypeVar("R")
+D = TypeVar("D", bound="Decomposition")
+
+_REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex128, torch.complex64)
+_RESAMPLING = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which autocast is off, so that transforms run in float32 or float64."""
+    return cast(AbstractContextManager[None], torch.autocast(device.type, enabled=False))
+
+
+def transform(method: Callable[Concatenate[D, P], R]) -> Callable[Concatenate[D, P], R]:
+    """Run a decomposition's method in float32 or float64, whatever autocast says."""
+
+    @wraps(method)
+    def wrapped(self: D, *args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = [t for a in args for t in (a if isinstance(a, Sequence) else [a]) if isinstance(t, Tensor)]
+        if not tensors:
+            return method(self, *args, **kwargs)
+        with full_precision(tensors[0].device):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+def resample(y: Tensor, points: Sequence[int]) -> Tensor:
+    """Resample the trailing axes of ``y`` to ``points``: averages downwards, interpolates upwards.
+
+    Args:
+        y: Real tensor ``(B, C, *grid)`` with one to three grid axes.
+        points: Points wanted on each axis.
+
+    Returns:
+        Tensor ``(B, C, *points)``.
+    """
+    dims = len(points)
+    fewer = tuple(min(a, b) for a, b in zip(y.shape[2:], points, strict=True))
+    if fewer != tuple(y.shape[2:]):
+        pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[dims]
+        y = pool(y, fewer)  # type: ignore[operator]
+    if fewer != tuple(points):
+        y = F.interpolate(y, size=tuple(points), mode=_RESAMPLING[dims], align_corners=False)
+    return y
+
+
+def pack(x: Tensor) -> Tensor:
+    """View a signal as real numbers: ``(B, C, ...)`` complex becomes ``(B, 2C, ...)`` real."""
+    return rearrange(torch.view_as_real(x), "b c ... two -> b (c two) ...") if x.is_complex() else x
+
+
+def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
+    """Invert :func:`pack`."""
+    if not is_complex:
+        return y
+    return torch.view_as_complex(rearrange(y, "b (c two) ... -> b c ... two", two=2).contiguous())
+
+
+class Decomposition(nn.Module, ABC):
+    """Invertible linear map between a signal ``(B, C, *size)`` and its bands, coarse to fine.
+
+    A subclass gives :meth:`analysis`, :meth:`synthesis` and :meth:`band_shape`; everything else has
+    a default that follows from them. Set ``orthonormal = True`` where the map is an isometry:
+    refinement then measures data terms band by band. :meth:`check` measures every law.
+
+    Args:
+        size: Points on each axis of the signal, one to three axes.
+        channels: Channels of the signal, complex ones counted once.
+        scales: Resolutions of the hierarchy, increasing, the last one ``max(size)``;
+            ``None`` takes :meth:`default_scales`.
+        is_complex: Whether signals are complex.
+
+    Raises:
+        TypeError: If a size, a channel count or a scale is no integer.
+        ValueError: If sizes or channels are not positive, or scales do not increase or do not end
+            in ``max(size)``.
+    """
+
+    orthonormal: bool = False
+
+    def __init__(
+        self, size: Sequence[int], channels: int, scales: Sequence[int] | None = None, *, is_complex: bool = False
+    ) -> None:
+        super().__init__()
+        self.size = tuple(_positive("size", n) for n in size)
+        if not 1 <= len(self.size) <= 3:
+            raise ValueError(f"size must have one to three axes, got {tuple(size)}")
+        self.channels = _positive("channels", channels)
+        self.is_complex = bool(is_complex)
+        self._set_scales(scales)
+
+    def _set_scales(self, scales: Sequence[int] | None) -> None:
+        self.scales = self._checked_scales(self.default_scales() if scales is None else scales)
+        self.build()
+        self.band_shapes = {s: shape for s in self.scales if (shape := self.band_shape(s)) is not None}
+        if self.scales[-1] not in self.band_shapes:
+            raise ValueError(
+                f"scales {list(self.scales)} leave the last band empty: nothing of a signal of size "
+                f"{self.size} lies between scale {self.scales[-2]} and scale {self.scales[-1]}"
+            )
+
+    def _checked_scales(self, scales: Sequence[int]) -> tuple[int, ...]:
+        if isinstance(scales, str) or not isinstance(scales, Sequence):
+            raise TypeError(f"scales must be a sequence of integers, got {scales!r}")
+        checked = tuple(_positive("scales", s) for s in scales)
+        if not checked or any(b <= a for a, b in zip(checked, checked[1:], strict=False)):
+            raise ValueError(f"scales must increase, coarse to fine, got {list(scales)}")
+        if checked[-1] != max(self.size):
+            raise ValueError(f"scales must end in the signal's largest size, {max(self.size)}, got {list(scales)}")
+        return checked
+
+    # What a subclass gives.
+
+    @abstractmethod
+    def analysis(self, x: Tensor) -> list[Tensor]:
+        """Split signals into bands.
+
+        Args:
+            x: Signals ``(B, C, *size)``, real or complex as the decomposition says.
+
+        Returns:
+            One real tensor ``(B, *band_shape(s))`` for each scale that emits a band, coarse to fine.
+        """
+
+    @abstractmethod
+    def synthesis(self, bands: Sequence[Tensor | None]) -> Tensor:
+        """Sum bands into signals, ``Σ_s B_s h_s``.
+
+        Args:
+            bands: Bands coarse to fine, as :meth:`analysis` gives them; ``None`` and bands missing
+                at the end count as zero. At least one is a tensor.
+
+        Returns:
+            Signals ``(B, C, *size)``.
+        """
+
+    @abstractmethod
+    def band_shape(self, scale: int) -> tuple[int, ...] | None:
+        """Shape of one sample's band at ``scale``; ``None`` where the scale emits no band."""
+
+    # What follows from it, and may be overridden.
+
+    def build(self) -> None:
+        """Make what depends on ``self.scales``; called by the constructor and by :meth:`bind`."""
+
+    def default_scales(self) -> tuple[int, ...]:
+        """Scales where none are given: the largest size, halved (rounding up) down to 1."""
+        scales = [max(self.size)]
+        while scales[-1] > 1:
+            scales.append(-(-scales[-1] // 2))
+        return tuple(reversed(scales))
+
+    def project(self, scale: int, r: Tensor) -> Tensor:
+        """Return the band ``(B, *band_shape(scale))`` that explains most of a residual signal ``r``."""
+        return self.analysis(r)[self.band_index(scale)]
+
+    def picture_shape(self, scale: int) -> tuple[int, ...]:
+        """Shape ``(channels, *points)`` of one sample's picture of a band (see :meth:`to_grid`)."""
+        self.band_index(scale)
+        return (self.real_channels, *(min(2 * scale, n) for n in self.size))
+
+    def to_grid(self, scale: int, h: Tensor) -> Tensor:
+        """Show a band as a small real signal near its scale's resolution.
+
+        Args:
+            scale: The band's scale.
+            h: Band ``(B, *band_shape(scale))``.
+
+        Returns:
+            Picture ``(B, *picture_shape(scale))``; complex channels stand as real and imaginary part.
+        """
+        alone: list[Tensor | None] = [None] * len(self.band_shapes)
+        alone[self.band_index(scale)] = h
+        return resample(pack(self.synthesis(alone)), self.picture_shape(scale)[1:])
+
+    def from_grid(self, scale: int, y: Tensor) -> Tensor:
+        """Return the band ``(B, *band_shape(scale))`` of a small real signal ``(B, *picture_shape(scale))``."""
+        return self.project(scale, unpack(resample(y, self.size), is_complex=self.is_complex))
+
+    # What is the same for all.
+
+    def bind(self, scales: Sequence[int]) -> Self:
+        """Return a copy of this decomposition with other scales.
+
+        Raises:
+            ValueError: If the scales do not fit the signal (see the class).
+        """
+        bound = copy.deepcopy(self)
+        bound._set_scales(scales)
+        return bound
+
+    @property
+    def dims(self) -> int:
+        """Number of axes of the signal."""
+        return len(self.size)
+
+    @property
+    def real_channels(self) -> int:
+        """Channels of the signal as real numbers."""
+        return self.channels * (2 if self.is_complex else 1)
+
+    @property
+    def numel(self) -> int:
+        """Real degrees of freedom of one signal, the dimension that "nats per dimension" divides by."""
+        return self.real_channels * math.prod(self.size)
+
+    @property
+    def band_scales(self) -> tuple[int, ...]:
+        """The scales that emit a band, coarse to fine."""
+        return tuple(self.band_shapes)
+
+    def grid(self, scale: int) -> tuple[int, ...]:
+        """Points ``min(s, n_d)`` on each axis of the latents at ``scale``."""
+        return tuple(min(scale, n) for n in self.size)
+
+    def band_index(self, scale: int) -> int:
+        """Position of a scale's band among the bands.
+
+        Raises:
+            ValueError: If the scale emits no band.
+        """
+        if scale not in self.band_shapes:
+            raise ValueError(f"scale {scale!r} emits no band; the scales that do are {list(self.band_shapes)}")
+        return list(self.band_shapes).index(scale)
+
+    def check_signal(self, x: Tensor, name: str = "x") -> Tensor:
+        """Return ``x`` in float32 or float64 (complex64 or complex128) if it is a batch of signals.
+
+        Raises:
+            TypeError: If ``x`` is no tensor, or real where signals are complex, or the reverse.
+            ValueError: If its shape is not ``(B, C, *size)``.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype not in (_COMPLEX if self.is_complex else _REAL):
+            kind = "complex" if self.is_complex else "real floating-point"
+            raise TypeError(f"{name} must be {kind} for {type(self).__name__}, got {x.dtype}")
+        if x.ndim != self.dims + 2 or x.shape[1:] != (self.channels, *self.size):
+            raise ValueError(
+                f"{name} must have shape (B, {', '.join(map(str, (self.channels, *self.size)))}), got {tuple(x.shape)}"
+            )
+        return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+    def check_bands(self, bands: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return one real tensor for each band, zeros where ``bands`` has none.
+
+        Raises:
+            TypeError: If a band is complex or no tensor.
+            ValueError: If there are too many bands, none at all, or one has the wrong shape.
+        """
+        shapes = list(self.band_shapes.items())
+        if len(bands) > len(shapes):
+            raise ValueError(f"bands must have at most {len(shapes)} entries (scales {self.band_scales}), got {len(bands)}")
+        given = [h for h in bands if h is not None]
+        if not given:
+            raise ValueError("bands must hold at least one tensor: None alone gives no batch size")
+        full: list[Tensor] = []
+        for (scale, shape), h in zip(shapes, [*bands, *[None] * (len(shapes) - len(bands))], strict=True):
+            if h is None:
+                h = given[0].new_zeros(len(given[0]), *shape)
+            elif not isinstance(h, Tensor) or h.dtype not in _REAL:
+                got = h.dtype if isinstance(h, Tensor) else type(h).__name__
+                raise TypeError(f"the band at scale {scale} must be a real tensor, got {got}")
+            elif h.shape[1:] != shape or len(h) != len(given[0]):
+                raise ValueError(f"the band at scale {scale} must have shape {(len(given[0]), *shape)}, got {tuple(h.shape)}")
+            full.append(h.float() if h.dtype in (torch.bfloat16, torch.float16) else h)
+        return full
+
+    def check(self, *, tolerance: float | None = None, dtype: torch.dtype = torch.float64) -> LawReport:
+        """Measure every law on random signals and bands.
+
+        Args:
+            tolerance: Largest relative error allowed; ``None`` takes 1e-10 in float64, 1e-4 in float32.
+            dtype: Real dtype to measure in.
+
+        Returns:
+            The measured errors and, for each scale, the condition numbers of ``to_grid`` and ``from_grid``.
+
+        Raises:
+            ValueError: If a law does not hold; the message names each failing law and by how much.
+        """
+        report = measure_laws(self, dtype)
+        report.require(tolerance if tolerance is not None else (1e-10 if dtype == torch.float64 else 1e-4))
+        return report
+
+    @override
+    def extra_repr(self) -> str:
+        kind = ", complex" if self.is_complex else ""
+        return f"size={self.size}, channels={self.channels}, scales={list(self.scales)}{kind}"
+
+
+class Identity(Decomposition):
+    """One band, the signal itself, at the last scale: the vanilla HVAE with one decoder.
+
+    Its only subset is the whole hierarchy, so that refining it latent by latent is eq. 4.
+
+    Args:
+        size: Points on each axis; an int is a square, a tuple any number of axes.
+        channels: Channels of the signal.
+        scales: Resolutions of the hierarchy, see :class:`Decomposition`.
+        is_complex: Whether signals are complex.
+    """
+
+    orthonormal = True
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        channels: int = 3,
+        scales: Sequence[int] | None = None,
+        is_complex: bool = False,
+    ) -> None:
+        super().__init__(sides(size, None), channels, scales, is_complex=is_complex)
+
+    @override
+    @transform
+    def analysis(self, x: Tensor) -> list[Tensor]:
+        return [pack(self.check_signal(x))]
+
+    @override
+    @transform
+    def synthesis(self, bands: Sequence[Tensor | None]) -> Tensor:
+        return unpack(self.check_bands(bands)[0], is_complex=self.is_complex)
+
+    @override
+    def band_shape(self, scale: int) -> tuple[int, ...] | None:
+        return (self.real_channels, *self.size) if scale == self.scales[-1] else None
+
+    @override
+    def to_grid(self, scale: int, h: Tensor) -> Tensor:
+        self.band_index(scale)
+        return h
+
+    @override
+    def from_grid(self, scale: int, y: Tensor) -> Tensor:
+        self.band_index(scale)
+        return y
+
+
+def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
+    """Read a ``size`` argument: an int is the same on every one of ``dims`` axes (2 where ``None``).
+
+    Raises:
+        TypeError: If it is neither an int nor a sequence.
+        ValueError: If a sequence has another number of axes than ``dims``.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        return (size,) * (dims or 2)
+    if isinstance(size, str) or not isinstance(size, Sequence):
+        raise TypeError(f"size must be an int or a sequence of ints, got {size!r}")
+    if dims is not None and len(size) != dims:
+        raise ValueError(f"size must have {dims} axes, got {tuple(size)}")
+    return tuple(size)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be integers, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value

@@ -1,0 +1,101 @@
+r"""Heads: from the context at the end of a subset to the band that its scale emits.
+
+    h_s = u_s · head_s(ĥ),
+
+where u_s is the standard deviation of band s over the training data (the model multiplies by it), so
+that every head predicts numbers of order one although natural spectra span orders of magnitude.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from separable_hvae.blocks import ResidualBlock, conv
+from separable_hvae.decomposition import Decomposition, full_precision, resample
+
+
+class ScaleHead(nn.Module, ABC):
+    """Map the context ``(B, width, *grid)`` at the end of a subset to a band ``(B, *band_shape)``.
+
+    The model builds one head for each band with these arguments, and a subclass takes the same.
+
+    Args:
+        decomp: The bound decomposition.
+        scale: The scale whose band is emitted.
+        width: Channels of the context.
+        bottleneck: Channels inside residual blocks.
+        blocks: Residual blocks of the head.
+        gain: Factor on the last convolution of each residual branch, ``1/√L``.
+    """
+
+    def __init__(
+        self, decomp: Decomposition, scale: int, *, width: int, bottleneck: int, blocks: int, gain: float
+    ) -> None:
+        super().__init__()
+        self.decomp = decomp
+        self.scale = scale
+        self.grid = decomp.grid(scale)
+        self.shape = decomp.band_shapes[scale]
+        self.blocks = nn.Sequential(*(ResidualBlock(width, bottleneck, self.grid, gain=gain) for _ in range(blocks)))
+
+    @abstractmethod
+    def forward(self, context: Tensor) -> Tensor:
+        """Return the band ``(B, *band_shape)`` in units of its standard deviation."""
+
+
+class GridHead(ScaleHead):
+    """Predict a small signal on the band's picture grid and take its band (``from_grid``).
+
+    Convolutions think in space, so this is the default.
+    """
+
+    def __init__(
+        self, decomp: Decomposition, scale: int, *, width: int, bottleneck: int, blocks: int, gain: float
+    ) -> None:
+        super().__init__(decomp, scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
+        channels, *points = decomp.picture_shape(scale)
+        self.points = tuple(points)
+        self.narrow = conv(width, bottleneck, self.grid, pointwise=True)
+        self.mix = conv(bottleneck, bottleneck, self.points)
+        self.emit = conv(bottleneck, channels, self.points)
+
+    @override
+    def forward(self, context: Tensor) -> Tensor:
+        y = resample(self.narrow(F.silu(self.blocks(context))), self.points)
+        picture = self.emit(F.silu(self.mix(F.silu(y))))
+        with full_precision(picture.device):
+            return self.decomp.from_grid(self.scale, picture.float() if picture.itemsize < 4 else picture)
+
+
+class CoefficientHead(ScaleHead):
+    """Predict the coefficients directly, as the paper does.
+
+    A band with a grid of its own is predicted there; coefficients without one are laid out over the
+    context's grid in order, as many channels as they need.
+    """
+
+    def __init__(
+        self, decomp: Decomposition, scale: int, *, width: int, bottleneck: int, blocks: int, gain: float
+    ) -> None:
+        super().__init__(decomp, scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
+        self.on_grid = len(self.shape) == 1 + decomp.dims
+        if self.on_grid:
+            self.emit = conv(width, self.shape[0], self.shape[1:])
+        else:
+            self.rows = math.prod(self.shape[:-1])
+            self.columns = -(-self.shape[-1] // math.prod(self.grid))
+            self.emit = conv(width, self.rows * self.columns, self.grid)
+
+    @override
+    def forward(self, context: Tensor) -> Tensor:
+        y = F.silu(self.blocks(context))
+        if self.on_grid:
+            return self.emit(resample(y, self.shape[1:]))  # type: ignore[no-any-return]
+        flat = self.emit(y).reshape(len(y), self.rows, -1)
+        return flat[..., : self.shape[-1]].reshape(len(y), *self.shape)  # type: ignore[no-any-return]
+
+
+HEADS: dict[str, type[ScaleHead]] = {"grid": GridHead, "coefficient": CoefficientHead}

@@ -1,0 +1,487 @@
+r"""Hierarchical VAE whose decoder is a sum of linear pieces.
+
+    p(z) = Π_l p(z_l | z_<l)                                   eq. 2
+    q(z | x) = Π_l q(z_l | x, z_<l)                            eq. 3
+    p(x | z) = N(x; Σ_s B_s h_s(z), σ² I)
+    −ELBO = −log p(x | z) + Σ_l KL(q_l ‖ p_l)                  nats
+
+One top-down pass serves training, reconstruction, sampling, partial decoding and refinement: latents
+come as a list with one entry for each layer, and ``None`` means "from the posterior" where there is an
+encoder pass, else "from the prior".
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from separable_hvae.blocks import Encoder
+from separable_hvae.decomposition import Decomposition, full_precision, pack
+from separable_hvae.heads import HEADS, ScaleHead
+from separable_hvae.subset import Evidence, Subset, SubsetPass
+
+_LOG_SIGMA_RANGE = (math.log(1e-4), math.log(1e2))
+_WARM_UP_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one top-down pass gives.
+
+    Attributes:
+        reconstruction: Signals ``(B, C, *size)``, in the input's dtype.
+        bands: Bands ``(B, *band_shape)``, coarse to fine.
+        latents: L tensors ``(B, latent_channels, *grid)``, coarse to fine.
+        nll: ``−log p(z)`` of the latents, in nats: ``(B,)``.
+        kl: ``KL(q_l ‖ p_l)`` of each layer, in nats: ``(B, L)``; ``None`` without an encoder pass.
+        data: ``−log p(x | z)``, in nats: ``(B,)``; ``None`` without data.
+        history: What a refiner recorded at each step; ``None`` on other results.
+        refused: Where a refiner returned its start because it found nothing better: ``(B,)`` bool;
+            ``None`` on other results.
+    """
+
+    reconstruction: Tensor
+    bands: list[Tensor]
+    latents: list[Tensor]
+    nll: Tensor
+    kl: Tensor | None = None
+    data: Tensor | None = None
+    history: Any = None
+    refused: Tensor | None = None
+
+    @property
+    def elbo(self) -> Tensor:
+        """Evidence lower bound in nats: ``(B,)``.
+
+        Raises:
+            ValueError: If the pass had no data or took latents as given.
+        """
+        if self.kl is None or self.data is None:
+            raise ValueError("elbo needs a pass that drew its latents from the posterior: use model(x) or model.encode(x)")
+        return -(self.data + self.kl.sum(1))
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Signals as an encoder pass sees them.
+
+    Attributes:
+        x: Signals in the model's precision.
+        activations: The encoder's activation for each scale.
+        targets: The target band of each subset where bands are orthonormal; otherwise targets follow
+            from the coarser bands during the pass, and this is ``None``.
+    """
+
+    x: Tensor
+    activations: dict[int, Tensor]
+    targets: list[Tensor] | None
+
+
+class HVAE(nn.Module):
+    """Top-down hierarchical VAE with a linearly separable decoder.
+
+    Args:
+        decomp: How signals split into bands. The model keeps a bound copy as ``model.decomp``.
+        scales: Resolutions of the hierarchy, coarse to fine; ``None`` takes the decomposition's own.
+        layers: Stochastic layers of each scale, one number for all or one for each scale.
+        width: Channels of the context.
+        bottleneck: Channels inside residual blocks.
+        latent_channels: Channels of each latent.
+        blocks: Residual blocks of each scale in the encoder, and of each head.
+        head: ``"grid"`` (a small signal, then its band), ``"coefficient"`` (the paper's), or a
+            :class:`ScaleHead` subclass.
+        sigma: Standard deviation of the likelihood in the data's units, or ``"learned"``.
+        band_input: Whether the posterior of a scale sees the target band (the paper: ``False``).
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is not positive, ``layers`` has another length than ``scales``, or a
+            name is unknown.
+    """
+
+    log_sigma: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self,
+        decomp: Decomposition,
+        scales: Sequence[int] | None = None,
+        *,
+        layers: int | Sequence[int] = 5,
+        width: int = 128,
+        bottleneck: int = 64,
+        latent_channels: int = 1,
+        blocks: int = 3,
+        head: str | type[ScaleHead] = "grid",
+        sigma: float | Literal["learned"] = 0.1,
+        band_input: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(decomp, Decomposition):
+            raise TypeError(f"decomp must be a Decomposition, got {type(decomp).__name__}")
+        self.decomp = decomp.bind(decomp.scales if scales is None else scales)
+        numbers = {"width": width, "bottleneck": bottleneck, "latent_channels": latent_channels}
+        for name, value in numbers.items():
+            _require_count(name, value, 1)
+        _require_count("blocks", blocks, 0)
+        counts = self._layers_by_scale(layers)
+        self.depth = sum(counts)
+        gain = 1 / math.sqrt(self.depth)
+        self.encoder = Encoder(
+            self.decomp.real_channels,
+            width,
+            bottleneck,
+            [self.decomp.grid(s) for s in self.scales],
+            blocks,
+            gain=gain,
+        )
+        self.start = nn.Parameter(torch.zeros(1, width, *self.decomp.grid(self.scales[0])))
+        make_head = _head_class(head)
+        self.subsets = nn.ModuleList()
+        pending: dict[int, int] = {}
+        for scale, count in zip(self.scales, counts, strict=True):
+            pending[scale] = count
+            if scale in self.decomp.band_shapes:
+                self.subsets.append(
+                    Subset(
+                        self.decomp,
+                        pending,
+                        make_head,
+                        width=width,
+                        bottleneck=bottleneck,
+                        latent_channels=latent_channels,
+                        blocks=blocks,
+                        band_input=band_input,
+                        gain=gain,
+                    )
+                )
+                self._warn_of_few_latents(pending, latent_channels)
+                pending = {}
+        self._set_sigma(sigma)
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
+        self.config: dict[str, Any] = {
+            "layers": layers if isinstance(layers, int) else list(layers),
+            **numbers,
+            "blocks": blocks,
+            "head": head,
+            "sigma": sigma,
+            "band_input": band_input,
+        }
+
+    def _layers_by_scale(self, layers: int | Sequence[int]) -> list[int]:
+        counts = [layers] * len(self.scales) if isinstance(layers, int) else list(layers)
+        if len(counts) != len(self.scales):
+            raise ValueError(
+                f"layers must be one number or one for each of the {len(self.scales)} scales, got {len(counts)}"
+            )
+        for count in counts:
+            _require_count("layers", count, 1)
+        return counts
+
+    def _warn_of_few_latents(self, layers: dict[int, int], channels: int) -> None:
+        scale = max(layers)
+        latents = sum(count * channels * math.prod(self.decomp.grid(s)) for s, count in layers.items())
+        coefficients = math.prod(self.decomp.band_shapes[scale])
+        if latents < coefficients:
+            warnings.warn(
+                f"scale {scale} has {latents} latents for the {coefficients} coefficients of its band: "
+                "its band cannot be coded freely; more layers or latent_channels would",
+                stacklevel=4,
+            )
+
+    def _set_sigma(self, sigma: float | Literal["learned"]) -> None:
+        if isinstance(sigma, str):
+            if sigma != "learned":
+                raise ValueError(f"sigma must be a positive number or 'learned', got {sigma!r}")
+            self.log_sigma = nn.Parameter(torch.tensor(math.log(0.1)))
+            return
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+            raise TypeError(f"sigma must be a positive number or 'learned', got {sigma!r}")
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"sigma must be positive and finite, got {sigma}")
+        self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Resolutions of the hierarchy, coarse to fine."""
+        return self.decomp.scales
+
+    @property
+    def layer_scales(self) -> list[int]:
+        """The scale of each of the L layers, coarse to fine."""
+        return [s for subset in self.subsets for s in subset.scales]
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of one sample's latents, for each of the L layers."""
+        return [(layer.latent_channels, *layer.grid) for subset in self.subsets for layer in subset.layers]
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation of the likelihood, in the data's units: a scalar."""
+        return self.log_sigma.clamp(*_LOG_SIGMA_RANGE).exp()
+
+    # The top-down pass.
+
+    def observe(self, x: Tensor) -> Observation:
+        """Run the encoder and split the signals into target bands.
+
+        Raises:
+            TypeError: If ``x`` is no tensor or its dtype does not fit the decomposition.
+            ValueError: If its shape does not fit, it is on another device, or it is not finite.
+        """
+        x = self.decomp.check_signal(x)
+        if x.device != self.start.device:
+            raise ValueError(f"x is on {x.device}, the model on {self.start.device}")
+        if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
+            raise ValueError("x must be finite, got NaN or infinity")
+        double = self.start.dtype == torch.float64
+        x = x.to((torch.complex128 if double else torch.complex64) if x.is_complex() else (torch.float64 if double else torch.float32))
+        activations = self.encoder(pack(x).to(self.start.dtype))
+        targets = None
+        if self.decomp.orthonormal:
+            with full_precision(x.device):
+                targets = self.decomp.analysis(x)
+        return Observation(x, dict(zip(self.scales, activations, strict=True)), targets)
+
+    def target(self, index: int, seen: Observation, coarser: Sequence[Tensor]) -> Tensor:
+        """The band that subset ``index`` aims at, ``t_s = project(s, x − Σ_{s'<s} B h_{s'})``, detached."""
+        if seen.targets is not None:
+            return seen.targets[index].detach()
+        with full_precision(seen.x.device):
+            residual = seen.x - self.decomp.synthesis(coarser) if coarser else seen.x
+            return self.decomp.project(self.subsets[index].scale, residual).detach()
+
+    def evidence(self, index: int, seen: Observation, target: Tensor) -> Evidence:
+        """What the posteriors of subset ``index`` see."""
+        evidence: Evidence = self.subsets[index].evidence(seen.activations, target.to(self.start.dtype))
+        return evidence
+
+    def top_down(
+        self,
+        latents: Sequence[Tensor | None],
+        batch: int,
+        seen: Observation | None = None,
+        *,
+        until: int | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> list[SubsetPass]:
+        """Run the subsets, coarse to fine, up to the band of scale ``until``."""
+        passes: list[SubsetPass] = []
+        context, first = self.start.expand(batch, *self.start.shape[1:]), 0
+        for i, subset in enumerate(self.subsets):
+            last = first + len(subset.layers)
+            given, evidence = latents[first:last], None
+            if seen is not None and any(z is None for z in given):
+                evidence = self.evidence(i, seen, self.target(i, seen, [p.band for p in passes]))
+            step = subset(context, given, evidence, temperature=temperature, generator=generator)
+            passes.append(step)
+            context, first = step.context, last
+            if until is not None and subset.scale >= until:
+                break
+        return passes
+
+    def result(self, passes: Sequence[SubsetPass], dtype: torch.dtype, x: Tensor | None = None) -> Result:
+        """Gather a pass, with the reconstruction in ``dtype`` and, given data, its likelihood."""
+        bands = [p.band for p in passes]
+        with full_precision(bands[0].device):
+            reconstruction = self.decomp.synthesis(bands)
+        posteriors = [q for p in passes for q in p.posteriors]
+        priors = [q for p in passes for q in p.priors]
+        kl = None
+        if all(q is not None for q in posteriors):
+            kl = torch.stack([q.kl(p) for q, p in zip(posteriors, priors, strict=True) if q is not None], dim=1)
+        return Result(
+            reconstruction=reconstruction.to(dtype),
+            bands=bands,
+            latents=[z for p in passes for z in p.latents],
+            nll=-torch.cat([p.log_prior() for p in passes], dim=1).sum(1),
+            kl=kl,
+            data=None if x is None else self.data_nll(reconstruction, x),
+        )
+
+    def data_nll(self, reconstruction: Tensor, x: Tensor) -> Tensor:
+        """``−log N(x; reconstruction, σ² I)`` over real dimensions, in nats: ``(B,)``."""
+        error = (pack(reconstruction) - pack(x)).square().flatten(1).sum(1)
+        log_sigma = self.log_sigma.clamp(*_LOG_SIGMA_RANGE)
+        return 0.5 * error * torch.exp(-2 * log_sigma) + self.decomp.numel * (log_sigma + 0.5 * math.log(2 * math.pi))
+
+    # What users call.
+
+    @override
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Result:
+        """Reconstruct signals from posterior samples.
+
+        Args:
+            x: Signals ``(B, C, *size)``.
+            generator: Random numbers of the posterior samples.
+
+        Returns:
+            The pass, with ``kl``, ``data`` and ``elbo``.
+        """
+        return self.encode(x, temperature=1.0, generator=generator)
+
+    def encode(self, x: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None) -> Result:
+        """Amortized inference: reconstruct signals from posterior means, or at a temperature.
+
+        Args:
+            x: Signals ``(B, C, *size)``.
+            temperature: Factor on the posteriors' standard deviation; 0 takes their means, 1 samples.
+            generator: Random numbers of the samples.
+        """
+        _require_temperature(temperature)
+        seen = self.observe(x)
+        if self.training:
+            self._observe_units(seen)
+        passes = self.top_down([None] * self.depth, len(x), seen, temperature=temperature, generator=generator)
+        return self.result(passes, x.dtype, seen.x)
+
+    def loss(self, x: Tensor, generator: torch.Generator | None = None, *, kl_weight: float = 1.0) -> Tensor:
+        """Negative ELBO to minimise, averaged over the batch, in nats per data dimension: a scalar.
+
+        Args:
+            x: Signals ``(B, C, *size)``.
+            generator: Random numbers of the posterior samples.
+            kl_weight: Factor on the KL terms, for a warm-up.
+        """
+        result = self(x, generator)
+        return ((result.data + kl_weight * result.kl.sum(1)) / self.decomp.numel).mean()
+
+    def decode(
+        self,
+        latents: Sequence[Tensor | None],
+        until: int | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Result:
+        """Decode latents, drawing what is missing from the prior.
+
+        Args:
+            latents: One entry for each layer, coarse to fine: ``(B, latent_channels, *grid)`` or
+                ``None`` for a draw from the prior; missing entries at the end count as ``None``. At
+                least one is a tensor.
+            until: Stop after the band of this scale, the reconstruction being the sum up to it.
+            temperature: Factor on the priors' standard deviation; 0 takes their means.
+            generator: Random numbers of the draws.
+
+        Raises:
+            TypeError: If an entry is neither a tensor nor ``None``.
+            ValueError: If there are too many entries, none is a tensor, or one has the wrong shape.
+        """
+        _require_temperature(temperature)
+        full = self.check_latents(latents)
+        if until is not None:
+            self.decomp.band_index(until)
+        given = next((z for z in full if z is not None), None)
+        if given is None:
+            raise ValueError("latents must hold at least one tensor; use sample(n) to draw all of them")
+        passes = self.top_down(full, len(given), until=until, temperature=temperature, generator=generator)
+        return self.result(passes, self._signal_dtype(given.dtype))
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` signals ``(n, C, *size)`` from the model (the likelihood's mean, without its noise)."""
+        _require_count("n", n, 0)
+        _require_temperature(temperature)
+        passes = self.top_down([None] * self.depth, n, temperature=temperature, generator=generator)
+        return self.result(passes, self._signal_dtype(passes[0].band.dtype)).reconstruction
+
+    @torch.no_grad()
+    def calibrate(self, data: Tensor | Iterable[Tensor]) -> None:
+        """Set each band's unit to its standard deviation over ``data``, signals or batches of them."""
+        batches = data.split(256) if isinstance(data, Tensor) else data
+        moments = [_Moments() for _ in self.subsets]
+        for batch in batches:
+            x = self.decomp.check_signal(batch.to(self.start.device), "data")
+            if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
+                raise ValueError("data must be finite, got NaN or infinity")
+            with full_precision(x.device):
+                for moment, band in zip(moments, self.decomp.analysis(x), strict=True):
+                    moment.add(band)
+        if not moments[0].count:
+            raise ValueError("data must hold at least one signal")
+        for subset, moment in zip(self.subsets, moments, strict=True):
+            subset.unit.fill_(moment.deviation())
+        self.calibrated.fill_(_WARM_UP_BATCHES)
+
+    @torch.no_grad()
+    def _observe_units(self, seen: Observation) -> None:
+        """Until calibrated, follow the bands' deviations over the first training batches."""
+        if (count := int(self.calibrated)) >= _WARM_UP_BATCHES:
+            return
+        bands = seen.targets if seen.targets is not None else self.decomp.analysis(seen.x)
+        for subset, band in zip(self.subsets, bands, strict=True):
+            moment = _Moments()
+            moment.add(band)
+            variance = moment.deviation() ** 2 if count == 0 else (count * float(subset.unit) ** 2 + moment.deviation() ** 2) / (count + 1)
+            subset.unit.fill_(math.sqrt(variance))
+        self.calibrated.fill_(count + 1)
+
+    def check_latents(self, latents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return one entry for each layer, see :meth:`decode` for what is allowed."""
+        shapes = self.latent_shapes
+        if isinstance(latents, Tensor) or not isinstance(latents, Sequence):
+            raise TypeError(f"latents must be a list with one entry for each layer, got {type(latents).__name__}")
+        if len(latents) > len(shapes):
+            raise ValueError(f"latents must have at most {len(shapes)} entries, one for each layer, got {len(latents)}")
+        batch = next((len(z) for z in latents if isinstance(z, Tensor) and z.ndim), 0)
+        for i, (z, shape) in enumerate(zip(latents, shapes, strict=False)):
+            if z is None:
+                continue
+            if not isinstance(z, Tensor) or not z.is_floating_point():
+                raise TypeError(f"latents[{i}] must be a real tensor or None, got {getattr(z, 'dtype', type(z).__name__)}")
+            if tuple(z.shape) != (batch, *shape):
+                raise ValueError(f"latents[{i}] must have shape {(batch, *shape)}, got {tuple(z.shape)}")
+        return [*latents, *[None] * (len(shapes) - len(latents))]
+
+    def _signal_dtype(self, real: torch.dtype) -> torch.dtype:
+        if not self.decomp.is_complex:
+            return real
+        return torch.complex128 if real == torch.float64 else torch.complex64
+
+
+class _Moments:
+    """Running mean and variance over every entry of a band."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, 0.0, 0.0
+
+    def add(self, band: Tensor) -> None:
+        self.count += band.numel()
+        self.total += float(band.double().sum())
+        self.squares += float(band.double().square().sum())
+
+    def deviation(self) -> float:
+        mean = self.total / self.count
+        deviation = math.sqrt(max(self.squares / self.count - mean**2, 0.0))
+        # A band that never varies keeps a unit of one.
+        return deviation if deviation > 1e-8 * (1 + abs(mean)) else 1.0
+
+
+def _head_class(head: str | type[ScaleHead]) -> Callable[..., ScaleHead]:
+    if isinstance(head, str):
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {sorted(HEADS)} or a ScaleHead subclass, got {head!r}")
+        return HEADS[head]
+    if not (isinstance(head, type) and issubclass(head, ScaleHead)):
+        raise TypeError(f"head must be a name or a ScaleHead subclass, got {head!r}")
+    return head
+
+
+def _require_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _require_temperature(temperature: float) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")

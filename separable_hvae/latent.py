@@ -1,0 +1,118 @@
+r"""One stochastic layer of the top-down hierarchy.
+
+    p(z_l | z_<l)    = N(μ_p(ĥ_l), σ_p(ĥ_l)²)              prior, eq. 2
+    q(z_l | x, z_<l) = N(μ_q(ĥ_l, e), σ_q(ĥ_l, e)²)        posterior in the same order, eq. 3
+    ĥ_{l+1} = r(ĥ_l + f_p(ĥ_l) + W z_l)                    injection and residual block
+
+ĥ is the context and e the evidence: the encoder's activation at the layer's scale, joined there by
+the target band. Log-sigmas are bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities
+stay finite whatever the networks emit.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from separable_hvae.blocks import Bottleneck, ResidualBlock, conv
+from separable_hvae.decomposition import resample
+
+LOG_SIGMA_BOUND = 6.0
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Diagonal Gaussian over one layer's latents ``(B, latent_channels, *grid)``."""
+
+    mean: Tensor
+    log_sigma: Tensor
+
+    @classmethod
+    def from_raw(cls, raw: Tensor) -> "Gaussian":
+        """Read a network's output ``(B, 2·latent_channels, *grid)``, in float32 at least."""
+        mean, log_sigma = (raw if raw.dtype == torch.float64 else raw.float()).chunk(2, dim=1)
+        return cls(mean, LOG_SIGMA_BOUND * torch.tanh(log_sigma / LOG_SIGMA_BOUND))
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation."""
+        return self.log_sigma.exp()
+
+    def sample(self, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``μ + temperature · σ · ε``; a temperature of 0 gives the mean and draws nothing."""
+        if temperature == 0:
+            return self.mean
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + temperature * self.sigma * noise.to(self.mean.device)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """``log N(z; μ, σ²)`` in nats, summed over everything but the batch: ``(B,)``."""
+        whitened = (z - self.mean) * torch.exp(-self.log_sigma)
+        return (-0.5 * whitened.square() - self.log_sigma - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+
+    def kl(self, prior: "Gaussian") -> Tensor:
+        """``KL(self ‖ prior)`` in nats, summed over everything but the batch: ``(B,)``."""
+        log_ratio = self.log_sigma - prior.log_sigma
+        distance = ((self.mean - prior.mean) * torch.exp(-prior.log_sigma)).square()
+        return (0.5 * (torch.exp(2 * log_ratio) + distance - 1) - log_ratio).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """What one layer did: its outgoing context, its latents and the distributions that it formed."""
+
+    context: Tensor
+    z: Tensor
+    prior: Gaussian
+    posterior: Gaussian | None
+
+
+class StochasticLayer(nn.Module):
+    """Prior, posterior and injection of one layer's latents ``(B, latent_channels, *grid)``.
+
+    Args:
+        grid: Points on each axis of the layer's latents.
+        width: Channels of the context.
+        hidden: Channels of the bottlenecks.
+        latent_channels: Channels of the latents.
+        gain: Factor on the last convolution of the residual branches, ``1/√L``.
+    """
+
+    def __init__(self, grid: Sequence[int], width: int, hidden: int, latent_channels: int, *, gain: float) -> None:
+        super().__init__()
+        self.grid = tuple(grid)
+        self.latent_channels = latent_channels
+        self.prior = Bottleneck(width, hidden, width + 2 * latent_channels, grid, gain=0.0)
+        self.posterior = Bottleneck(2 * width, hidden, 2 * latent_channels, grid, gain=gain)
+        self.inject = conv(latent_channels, width, grid, pointwise=True, gain=gain)
+        self.block = ResidualBlock(width, hidden, grid, gain=gain)
+
+    @override
+    def forward(
+        self,
+        context: Tensor,
+        z: Tensor | None = None,
+        evidence: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> LayerPass:
+        """Run the layer on a context ``(B, width, *any grid)``.
+
+        ``z`` given is used as it is; otherwise it is drawn from the posterior where there is evidence
+        ``(B, width, *grid)``, else from the prior.
+        """
+        context = resample(context, self.grid)
+        raw = self.prior(context)
+        prior = Gaussian.from_raw(raw[:, : 2 * self.latent_channels])
+        posterior = None
+        if z is None:
+            if evidence is not None:
+                posterior = Gaussian.from_raw(self.posterior(torch.cat([context, evidence], dim=1)))
+            z = (posterior or prior).sample(temperature, generator)
+        features = raw[:, 2 * self.latent_channels :] + self.inject(z.to(raw.dtype))
+        return LayerPass(self.block(context + features), z, prior, posterior)

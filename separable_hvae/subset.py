@@ -1,0 +1,152 @@
+r"""A subset: the stochastic layers that end in one band, with the head that emits it.
+
+    Z_h = (z_{l+1}, …, z_{l+M}),        h_s = u_s · head_s(ĥ_{l+M})
+
+The layers of scales that emit no band belong to the subset of the next band. A subset reads nothing
+but the context that flows into it (and, for posteriors, its evidence), so a latent's gradient through
+its own band costs at most one subset and one head.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from separable_hvae.blocks import conv
+from separable_hvae.decomposition import Decomposition, full_precision, resample
+from separable_hvae.heads import ScaleHead
+from separable_hvae.latent import Gaussian, StochasticLayer
+
+Evidence = Sequence[Tensor]
+"""What the posteriors of a subset see: one tensor ``(B, width, *grid)`` for each layer."""
+
+
+@dataclass(frozen=True)
+class SubsetPass:
+    """One pass through a subset, or through its layers from some layer on.
+
+    Attributes:
+        context: Outgoing context ``(B, width, *grid)``.
+        band: The band ``(B, *band_shape)``, in the signal's units.
+        latents: Latents of the layers that ran, coarse to fine.
+        priors: Their priors.
+        posteriors: Their posteriors, ``None`` where the latents were given or drawn from the prior.
+        contexts: The context that flowed into each layer.
+    """
+
+    context: Tensor
+    band: Tensor
+    latents: list[Tensor]
+    priors: list[Gaussian]
+    posteriors: list[Gaussian | None]
+    contexts: list[Tensor]
+
+    def log_prior(self) -> Tensor:
+        """``log p(z)`` of each latent that ran, in nats: ``(B, layers)``."""
+        return torch.stack([p.log_prob(z) for p, z in zip(self.priors, self.latents, strict=True)], dim=1)
+
+
+class BandInput(nn.Module):
+    """Let the posterior see the target band: its picture, brought to the latents' grid."""
+
+    def __init__(self, decomp: Decomposition, scale: int, width: int, bottleneck: int) -> None:
+        super().__init__()
+        self.decomp = decomp
+        self.scale = scale
+        self.grid = decomp.grid(scale)
+        channels, *points = decomp.picture_shape(scale)
+        self.look = conv(channels, bottleneck, points)
+        self.spread = conv(bottleneck, width, self.grid)
+
+    @override
+    def forward(self, band: Tensor) -> Tensor:
+        with full_precision(band.device):
+            picture = self.decomp.to_grid(self.scale, band)
+        y = F.silu(self.look(picture.to(self.look.weight.dtype)))
+        return self.spread(resample(y, self.grid))  # type: ignore[no-any-return]
+
+
+class Subset(nn.Module):
+    """The layers of one band's scales, coarse to fine, and the head of the last one.
+
+    Args:
+        decomp: The bound decomposition.
+        layers: Number of layers of each scale of the subset, ``{scale: layers}``; the last emits.
+        head: Builds the head, see :class:`ScaleHead`.
+        width: Channels of the context.
+        bottleneck: Channels inside blocks.
+        latent_channels: Channels of each latent.
+        blocks: Residual blocks of the head.
+        band_input: Whether the posteriors of the last scale see the target band.
+        gain: ``1/√L``.
+    """
+
+    unit: Tensor
+
+    def __init__(
+        self,
+        decomp: Decomposition,
+        layers: dict[int, int],
+        head: Callable[..., ScaleHead],
+        *,
+        width: int,
+        bottleneck: int,
+        latent_channels: int,
+        blocks: int,
+        band_input: bool,
+        gain: float,
+    ) -> None:
+        super().__init__()
+        self.scales = tuple(s for s, count in layers.items() for _ in range(count))
+        self.scale = max(layers)
+        self.layers = nn.ModuleList(
+            StochasticLayer(decomp.grid(s), width, bottleneck, latent_channels, gain=gain) for s in self.scales
+        )
+        self.head = head(decomp, self.scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
+        self.band_input = BandInput(decomp, self.scale, width, bottleneck) if band_input else None
+        self.register_buffer("unit", torch.ones(()))
+
+    def evidence(self, activations: dict[int, Tensor], target: Tensor) -> list[Tensor]:
+        """Join the encoder's activations and the target band, for each layer."""
+        seen = dict(activations)
+        if self.band_input is not None:
+            seen[self.scale] = seen[self.scale] + self.band_input(target / self.unit)
+        return [seen[s] for s in self.scales]
+
+    @override
+    def forward(
+        self,
+        context: Tensor,
+        latents: Sequence[Tensor | None],
+        evidence: Evidence | None = None,
+        *,
+        start: int = 0,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> SubsetPass:
+        """Run the layers from ``start`` on and the head.
+
+        Args:
+            context: The context that flows into layer ``start``.
+            latents: One entry for each layer from ``start`` on; ``None`` means drawn from the
+                posterior where there is evidence, else from the prior.
+            evidence: What the posteriors see, one entry for each layer of the whole subset.
+            start: First layer that runs.
+            temperature: Factor on the standard deviation of what is drawn; 0 gives means.
+            generator: Random numbers for what is drawn.
+        """
+        zs, priors, posteriors, contexts = [], [], [], []
+        for i, z in enumerate(latents, start):
+            contexts.append(context)
+            seen = None if evidence is None else evidence[i]
+            step = self.layers[i](context, z, seen, temperature=temperature, generator=generator)
+            context = step.context
+            zs.append(step.z)
+            priors.append(step.prior)
+            posteriors.append(step.posterior)
+        band = self.head(context)
+        band = (band.float() if band.itemsize < 4 else band) * self.unit
+        return SubsetPass(context, band, zs, priors, posteriors, contexts)
