@@ -8,6 +8,7 @@ with W₁, W₄ pointwise, W₂, W₃ of three points on every axis that has mor
 normalisation layer: c keeps the variance of a deep top-down path near one (VDVAE).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -16,16 +17,23 @@ from typing_extensions import override
 
 from separable_hvae.decomposition import resample
 
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+SWISH_GAIN = 1.68
+"""1 / sqrt(E[swish(u)²]) for unit normal u."""
+
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def conv(inputs: int, outputs: int, grid: Sequence[int], *, pointwise: bool = False, gain: float = 1.0) -> nn.Module:
-    """Convolution that keeps ``grid``; ``gain`` multiplies the initial weights, and 0 also zeroes the bias."""
+def conv(inputs: int, outputs: int, grid: Sequence[int], *, pointwise: bool = False, gain: float = SWISH_GAIN) -> Conv:
+    """Convolution that keeps ``grid``, with weights of standard deviation ``gain / √fan_in`` and no bias at first.
+
+    A gain of :data:`SWISH_GAIN` keeps the variance of a swish of unit normals, 1 that of plain inputs.
+    """
     kernel = tuple(1 if pointwise or n == 1 else 3 for n in grid)
-    layer = _CONV[len(grid)](inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel))  # type: ignore[arg-type]
-    layer.weight.data.mul_(gain)
-    if gain == 0 and layer.bias is not None:
-        layer.bias.data.zero_()
+    layer: Conv = _CONV[len(grid)](inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel))  # type: ignore[arg-type]
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs * math.prod(kernel)))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -45,7 +53,7 @@ class Bottleneck(nn.Module):
         self.enter = conv(inputs, hidden, grid, pointwise=True)
         self.first = conv(hidden, hidden, grid)
         self.second = conv(hidden, hidden, grid)
-        self.leave = conv(hidden, outputs, grid, pointwise=True, gain=gain)
+        self.leave = conv(hidden, outputs, grid, pointwise=True, gain=gain * SWISH_GAIN)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +90,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.grids = list(grids)
-        self.stem = conv(channels, width, self.grids[-1])
+        self.stem = conv(channels, width, self.grids[-1], gain=1.0)
         self.scales = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width, hidden, g, gain=gain) for _ in range(blocks))) for g in self.grids
         )

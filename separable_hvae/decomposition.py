@@ -32,6 +32,7 @@ D = TypeVar("D", bound="Decomposition")
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COMPLEX = (torch.complex128, torch.complex64)
 _RESAMPLING = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_POOLING: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
@@ -44,13 +45,14 @@ def transform(method: Callable[Concatenate[D, P], R]) -> Callable[Concatenate[D,
 
     @wraps(method)
     def wrapped(self: D, *args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = [t for a in args for t in (a if isinstance(a, Sequence) else [a]) if isinstance(t, Tensor)]
+        given = [*args, *kwargs.values()]
+        tensors = [t for a in given for t in (a if isinstance(a, Sequence) else [a]) if isinstance(t, Tensor)]
         if not tensors:
             return method(self, *args, **kwargs)
         with full_precision(tensors[0].device):
             return method(self, *args, **kwargs)
 
-    return wrapped
+    return cast(Callable[Concatenate[D, P], R], wrapped)
 
 
 def resample(y: Tensor, points: Sequence[int]) -> Tensor:
@@ -66,8 +68,7 @@ def resample(y: Tensor, points: Sequence[int]) -> Tensor:
     dims = len(points)
     fewer = tuple(min(a, b) for a, b in zip(y.shape[2:], points, strict=True))
     if fewer != tuple(y.shape[2:]):
-        pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[dims]
-        y = pool(y, fewer)  # type: ignore[operator]
+        y = _POOLING[dims](y, fewer)
     if fewer != tuple(points):
         y = F.interpolate(y, size=tuple(points), mode=_RESAMPLING[dims], align_corners=False)
     return y
@@ -120,12 +121,15 @@ class Decomposition(nn.Module, ABC):
 
     def _set_scales(self, scales: Sequence[int] | None) -> None:
         self.scales = self._checked_scales(self.default_scales() if scales is None else scales)
-        self.build()
+        # Buffers made in inference mode could not be used with autograd later.
+        with torch.inference_mode(False):
+            self.build()
         self.band_shapes = {s: shape for s in self.scales if (shape := self.band_shape(s)) is not None}
         if self.scales[-1] not in self.band_shapes:
+            previous = self.scales[-2] if len(self.scales) > 1 else 0
             raise ValueError(
                 f"scales {list(self.scales)} leave the last band empty: nothing of a signal of size "
-                f"{self.size} lies between scale {self.scales[-2]} and scale {self.scales[-1]}"
+                f"{self.size} lies between scale {previous} and scale {self.scales[-1]}"
             )
 
     def _checked_scales(self, scales: Sequence[int]) -> tuple[int, ...]:
@@ -199,11 +203,12 @@ class Decomposition(nn.Module, ABC):
             Picture ``(B, *picture_shape(scale))``; complex channels stand as real and imaginary part.
         """
         alone: list[Tensor | None] = [None] * len(self.band_shapes)
-        alone[self.band_index(scale)] = h
+        alone[self.band_index(scale)] = self.check_band(scale, h)
         return resample(pack(self.synthesis(alone)), self.picture_shape(scale)[1:])
 
     def from_grid(self, scale: int, y: Tensor) -> Tensor:
         """Return the band ``(B, *band_shape(scale))`` of a small real signal ``(B, *picture_shape(scale))``."""
+        y = self.check_picture(scale, y)
         return self.project(scale, unpack(resample(y, self.size), is_complex=self.is_complex))
 
     # What is the same for all.
@@ -257,7 +262,7 @@ class Decomposition(nn.Module, ABC):
 
         Raises:
             TypeError: If ``x`` is no tensor, or real where signals are complex, or the reverse.
-            ValueError: If its shape is not ``(B, C, *size)``.
+            ValueError: If its shape is not ``(B, C, *size)`` or it holds no signal.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -268,31 +273,54 @@ class Decomposition(nn.Module, ABC):
             raise ValueError(
                 f"{name} must have shape (B, {', '.join(map(str, (self.channels, *self.size)))}), got {tuple(x.shape)}"
             )
-        return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        if not len(x):
+            raise ValueError(f"{name} must hold at least one signal, got shape {tuple(x.shape)}")
+        return _widen(x)
+
+    def check_band(self, scale: int, h: Tensor) -> Tensor:
+        """Return ``h`` in float32 or float64 if it is a batch of bands ``(B, *band_shape(scale))``.
+
+        Raises:
+            TypeError: If ``h`` is complex or no tensor.
+            ValueError: If the scale emits no band or ``h`` has the wrong shape.
+        """
+        self.band_index(scale)
+        return _checked(f"the band at scale {scale}", h, self.band_shapes[scale])
+
+    def check_picture(self, scale: int, y: Tensor) -> Tensor:
+        """Return ``y`` in float32 or float64 if it is a batch of pictures ``(B, *picture_shape(scale))``.
+
+        Raises:
+            TypeError: If ``y`` is complex or no tensor.
+            ValueError: If the scale emits no band or ``y`` has the wrong shape.
+        """
+        return _checked(f"the picture at scale {scale}", y, self.picture_shape(scale))
 
     def check_bands(self, bands: Sequence[Tensor | None]) -> list[Tensor]:
         """Return one real tensor for each band, zeros where ``bands`` has none.
 
         Raises:
-            TypeError: If a band is complex or no tensor.
+            TypeError: If ``bands`` is no sequence, or a band is complex or no tensor.
             ValueError: If there are too many bands, none at all, or one has the wrong shape.
         """
+        if not isinstance(bands, Sequence):
+            raise TypeError(f"bands must be a sequence of tensors and None, got {type(bands).__name__}")
         shapes = list(self.band_shapes.items())
         if len(bands) > len(shapes):
             raise ValueError(f"bands must have at most {len(shapes)} entries (scales {self.band_scales}), got {len(bands)}")
-        given = [h for h in bands if h is not None]
+        given = {s: self.check_band(s, h) for s, h in zip(self.band_shapes, bands, strict=False) if h is not None}
         if not given:
             raise ValueError("bands must hold at least one tensor: None alone gives no batch size")
+        first = next(iter(given.values()))
+        dtype = torch.float64 if any(h.dtype == torch.float64 for h in given.values()) else torch.float32
         full: list[Tensor] = []
-        for (scale, shape), h in zip(shapes, [*bands, *[None] * (len(shapes) - len(bands))], strict=True):
+        for scale, shape in shapes:
+            h = given.get(scale)
             if h is None:
-                h = given[0].new_zeros(len(given[0]), *shape)
-            elif not isinstance(h, Tensor) or h.dtype not in _REAL:
-                got = h.dtype if isinstance(h, Tensor) else type(h).__name__
-                raise TypeError(f"the band at scale {scale} must be a real tensor, got {got}")
-            elif h.shape[1:] != shape or len(h) != len(given[0]):
-                raise ValueError(f"the band at scale {scale} must have shape {(len(given[0]), *shape)}, got {tuple(h.shape)}")
-            full.append(h.float() if h.dtype in (torch.bfloat16, torch.float16) else h)
+                h = first.new_zeros(len(first), *shape)
+            elif len(h) != len(first):
+                raise ValueError(f"the band at scale {scale} must have shape {(len(first), *shape)}, got {tuple(h.shape)}")
+            full.append(h.to(dtype))
         return full
 
     def check(self, *, tolerance: float | None = None, dtype: torch.dtype = torch.float64) -> LawReport:
@@ -357,13 +385,11 @@ class Identity(Decomposition):
 
     @override
     def to_grid(self, scale: int, h: Tensor) -> Tensor:
-        self.band_index(scale)
-        return h
+        return self.check_band(scale, h)
 
     @override
     def from_grid(self, scale: int, y: Tensor) -> Tensor:
-        self.band_index(scale)
-        return y
+        return self.check_picture(scale, y)
 
 
 def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
@@ -388,3 +414,17 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
     return value
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _checked(name: str, h: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(h, Tensor):
+        raise TypeError(f"{name} must be a real tensor, got {type(h).__name__}")
+    if h.dtype not in _REAL:
+        raise TypeError(f"{name} must be a real tensor, got {h.dtype}")
+    if not h.ndim or tuple(h.shape[1:]) != tuple(shape):
+        raise ValueError(f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(h.shape)}")
+    return _widen(h)

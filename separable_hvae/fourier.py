@@ -90,8 +90,10 @@ class _Packing(nn.Module):
         flat = h.index_select(2, self.source) * self.sign
         spectrum = torch.view_as_complex(flat.reshape(*h.shape[:2], *self.spectrum, 2))
         if self.is_complex:
-            return torch.fft.ifftn(spectrum, dim=self.axes, norm="ortho")
-        return torch.fft.irfftn(spectrum, s=self.points, dim=self.axes, norm="ortho")
+            x: Tensor = torch.fft.ifftn(spectrum, dim=self.axes, norm="ortho")
+        else:
+            x = torch.fft.irfftn(spectrum, s=self.points, dim=self.axes, norm="ortho")
+        return x
 
 
 class _Fourier(Decomposition):
@@ -112,7 +114,8 @@ class _Fourier(Decomposition):
         self._ring = {s: (reach > p) & (reach <= s) for p, s in zip(lower, self.scales, strict=True)}
         rings = {s: (bins[m], paired[m]) for s, m in self._ring.items() if m.any()}
         self._count = {s: 2 * len(k) if self.is_complex else len(k) + int(p.sum()) for s, (k, p) in rings.items()}
-        self.full = _Packing(self.size, *zip(*rings.values(), strict=True), self.is_complex)
+        ring_bins, ring_pairs = [k for k, _ in rings.values()], [p for _, p in rings.values()]
+        self.full = _Packing(self.size, ring_bins, ring_pairs, self.is_complex)
         self.pictures = nn.ModuleDict(
             {
                 str(s): _Packing([min(2 * s, n) for n in self.size], [k], [p], self.is_complex)
@@ -121,13 +124,19 @@ class _Fourier(Decomposition):
         )
 
     @override
+    def default_scales(self) -> tuple[int, ...]:
+        scales = super().default_scales()
+        # Of three points no bin lies beyond scale 2.
+        return (1, 3) if scales == (1, 2, 3) else scales
+
+    @override
     def band_shape(self, scale: int) -> tuple[int, ...] | None:
         return (self.channels, self._count[scale]) if scale in self._count else None
 
     @override
     @transform
     def analysis(self, x: Tensor) -> list[Tensor]:
-        return list(self.full.read(self.check_signal(x)).split(self.full.sizes, dim=2))
+        return list(torch.split(self.full.read(self.check_signal(x)), self.full.sizes, dim=2))
 
     @override
     @transform
@@ -139,16 +148,21 @@ class _Fourier(Decomposition):
     @transform
     def to_grid(self, scale: int, h: Tensor) -> Tensor:
         """Show a ring on ``min(2s, n_d)`` points: an isometry."""
-        self.band_index(scale)
+        h = self.check_band(scale, h)
         return pack(self.pictures[str(scale)].write(h))  # type: ignore[operator]
 
     @override
     @transform
     def from_grid(self, scale: int, y: Tensor) -> Tensor:
         """Return the ring of a small signal on ``min(2s, n_d)`` points; the adjoint of ``to_grid``."""
-        self.band_index(scale)
+        y = self.check_picture(scale, y)
         h: Tensor = self.pictures[str(scale)].read(unpack(y, is_complex=self.is_complex))  # type: ignore[operator]
         return h
+
+    @override
+    def __repr__(self) -> str:
+        # The packings say nothing that size and scales do not.
+        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 def _all_bins(size: Sequence[int]) -> tuple[Bins, NDArray[np.bool_]]:

@@ -41,6 +41,7 @@ class ScaleHead(nn.Module, ABC):
         self.shape = decomp.band_shapes[scale]
         self.blocks = nn.Sequential(*(ResidualBlock(width, bottleneck, self.grid, gain=gain) for _ in range(blocks)))
 
+    @override
     @abstractmethod
     def forward(self, context: Tensor) -> Tensor:
         """Return the band ``(B, *band_shape)`` in units of its standard deviation."""
@@ -94,7 +95,7 @@ class CoefficientHead(ScaleHead):
         y = F.silu(self.blocks(context))
         if self.on_grid:
             return self.emit(resample(y, self.shape[1:]))  # type: ignore[no-any-return]
-        flat = self.emit(y).reshape(len(y), self.rows, -1)
+        flat = self.emit(y).reshape(len(y), self.rows, self.columns * math.prod(self.grid))
         return flat[..., : self.shape[-1]].reshape(len(y), *self.shape)  # type: ignore[no-any-return]
 
 

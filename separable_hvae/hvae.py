@@ -441,6 +441,21 @@ class HVAE(nn.Module):
                 raise ValueError(f"latents[{i}] must have shape {(batch, *shape)}, got {tuple(z.shape)}")
         return [*latents, *[None] * (len(shapes) - len(latents))]
 
+    def require_latents(self, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
+        """Return the latents of every layer for a batch, in the model's precision and on its device.
+
+        Raises:
+            TypeError: If an entry is no tensor.
+            ValueError: If one is missing or has the wrong shape.
+        """
+        full = self.check_latents(latents)
+        given = [z for z in full if z is not None]
+        if len(given) < len(full) or len(given[0]) != batch:
+            got = f"{len(given)} for {len(given[0])} signals" if given else "none"
+            raise ValueError(f"latents must hold {len(full)} tensors, one for each layer, for {batch} signals, got {got}")
+        dtype = torch.float64 if self.start.dtype == torch.float64 else torch.float32
+        return [z.detach().to(self.start.device, dtype) for z in given]
+
     def _signal_dtype(self, real: torch.dtype) -> torch.dtype:
         if not self.decomp.is_complex:
             return real

@@ -54,11 +54,15 @@ class Gaussian:
         whitened = (z - self.mean) * torch.exp(-self.log_sigma)
         return (-0.5 * whitened.square() - self.log_sigma - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
-    def kl(self, prior: "Gaussian") -> Tensor:
-        """``KL(self ‖ prior)`` in nats, summed over everything but the batch: ``(B,)``."""
+    def kl_elements(self, prior: "Gaussian") -> Tensor:
+        """``KL(self ‖ prior)`` of each latent, in nats: the shape of the latents."""
         log_ratio = self.log_sigma - prior.log_sigma
         distance = ((self.mean - prior.mean) * torch.exp(-prior.log_sigma)).square()
-        return (0.5 * (torch.exp(2 * log_ratio) + distance - 1) - log_ratio).flatten(1).sum(1)
+        return 0.5 * (torch.exp(2 * log_ratio) + distance - 1) - log_ratio
+
+    def kl(self, prior: "Gaussian") -> Tensor:
+        """``KL(self ‖ prior)`` in nats, summed over everything but the batch: ``(B,)``."""
+        return self.kl_elements(prior).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)

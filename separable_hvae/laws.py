@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,9 +92,9 @@ def measure_laws(decomp: "Decomposition", dtype: torch.dtype) -> LawReport:
     to_grid: dict[int, float | None] = {}
     from_grid: dict[int, float | None] = {}
     for s, shape in decomp.band_shapes.items():
-        to_grid[s] = _condition(lambda b, s=s: decomp.to_grid(s, b), shape, math.prod(shape), dtype, device)
+        to_grid[s] = _condition(partial(decomp.to_grid, s), shape, math.prod(shape), dtype, device)
         picture = decomp.picture_shape(s)
-        from_grid[s] = _condition(lambda p, s=s: decomp.from_grid(s, p), picture, math.prod(shape), dtype, device)
+        from_grid[s] = _condition(partial(decomp.from_grid, s), picture, math.prod(shape), dtype, device)
     return LawReport(errors, to_grid, from_grid)
 
 

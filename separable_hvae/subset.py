@@ -58,7 +58,7 @@ class BandInput(nn.Module):
         self.scale = scale
         self.grid = decomp.grid(scale)
         channels, *points = decomp.picture_shape(scale)
-        self.look = conv(channels, bottleneck, points)
+        self.look = conv(channels, bottleneck, points, gain=1.0)
         self.spread = conv(bottleneck, width, self.grid)
 
     @override

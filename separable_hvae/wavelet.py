@@ -151,7 +151,7 @@ class _Wavelet(Decomposition):
         shapes = self._parts(scale)
         if len(shapes) == 1:
             return [h]
-        pieces = h.split([math.prod(s) for s in shapes], dim=1)
+        pieces = torch.split(h, [math.prod(s) for s in shapes], dim=1)
         return [p.reshape(len(h), *s) for p, s in zip(pieces, shapes, strict=True)]
 
     @override
@@ -193,14 +193,13 @@ class _Wavelet(Decomposition):
     @transform
     def to_grid(self, scale: int, h: Tensor) -> Tensor:
         """Show a band at the resolution that its details lead to: an isometry."""
-        self.band_index(scale)
-        return self._upwards(scale, None, h)
+        return self._upwards(scale, None, self.check_band(scale, h))
 
     @override
     @transform
     def from_grid(self, scale: int, y: Tensor) -> Tensor:
         """Return the details of a small signal; the adjoint of ``to_grid``."""
-        self.band_index(scale)
+        y = self.check_picture(scale, y)
         parts: list[Tensor] = []
         for points in reversed(self._runs[scale]):
             if points != self._coarsest:

@@ -1,0 +1,103 @@
+"""One batch's refinement: where it starts, what it aims at, what it has reached."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from separable_hvae.hvae import HVAE, Observation
+from separable_hvae.objective import Objective
+from separable_hvae.subset import Evidence, SubsetPass
+
+Init = Literal["posterior", "prior"]
+
+
+class Run:
+    """State that a schedule works on.
+
+    Args:
+        model: The model, in evaluation mode.
+        seen: The batch as the encoder sees it.
+        objective: The objective of the batch.
+        steps: Steps by scale.
+        init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior, a list of L
+            tensors from these.
+        sample: Start from a draw instead of the mean.
+        generator: Random numbers of the draw.
+    """
+
+    def __init__(
+        self,
+        model: HVAE,
+        seen: Observation,
+        objective: Objective,
+        steps: dict[int, int],
+        init: Init | Sequence[Tensor],
+        sample: bool,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.model, self.seen, self.objective, self.steps = model, seen, objective, steps
+        self.batch = len(seen.x)
+        self.init = init
+        self.given = None if isinstance(init, str) else list(init)
+        self.context = model.start.detach().expand(self.batch, *model.start.shape[1:])
+        with torch.no_grad():
+            self.start = model.top_down(
+                self.given or [None] * model.depth,
+                self.batch,
+                seen if init == "posterior" else None,
+                temperature=1.0 if sample else 0.0,
+                generator=generator,
+            )
+        self.start_latents = [z for step in self.start for z in step.latents]
+        self.latents = self.start_latents
+        # A drawn start is kept as noise, so that it can move along with its distribution.
+        self.noise = [_noise(step, sample) for step in self.start]
+
+    def target(self, index: int, coarser: Sequence[Tensor]) -> tuple[Tensor, Evidence | None]:
+        """The target band of a subset, given the coarser bands, and what its posteriors see."""
+        target = self.model.target(index, self.seen, coarser)
+        return target, self.model.evidence(index, self.seen, target) if self.init == "posterior" else None
+
+    def enter(self, index: int, context: Tensor, evidence: Evidence | None) -> SubsetPass:
+        """Where the latents of a subset start, under the context that flows into it now."""
+        subset, noise = self.model.subsets[index], self.noise[index]
+        if self.given is not None:
+            step: SubsetPass = subset(context, self.start[index].latents)
+            return step
+        if noise is None:
+            step = subset(context, [None] * len(subset.scales), evidence, temperature=0.0)
+            return step
+        latents: list[Tensor] = []
+        for m in range(len(subset.scales)):
+            rest = [None] * (len(subset.scales) - m)
+            step = subset(context, [*latents, *rest], evidence, temperature=0.0)
+            latents.append(_draw(step, m, noise[m]))
+        step = subset(context, latents)
+        return step
+
+    def recentre(self, index: int, m: int, context: Tensor, entered: SubsetPass, evidence: Evidence | None) -> Tensor:
+        """Where one latent of a subset starts, under the context that flows into its layer now."""
+        if self.given is not None or m == 0:
+            return entered.latents[m]
+        subset, noise = self.model.subsets[index], self.noise[index]
+        step = subset(context, [None] * (len(subset.scales) - m), evidence, start=m, temperature=0.0)
+        return step.latents[0] if noise is None else _draw(step, 0, noise[m])
+
+
+def _distribution(step: SubsetPass, m: int) -> tuple[Tensor, Tensor]:
+    gaussian = step.posteriors[m] or step.priors[m]
+    return gaussian.mean, gaussian.sigma
+
+
+def _draw(step: SubsetPass, m: int, noise: Tensor) -> Tensor:
+    mean, sigma = _distribution(step, m)
+    return mean + sigma * noise
+
+
+def _noise(step: SubsetPass, sample: bool) -> list[Tensor] | None:
+    if not sample:
+        return None
+    parts = [_distribution(step, m) for m in range(len(step.latents))]
+    return [(z - mean) / sigma for z, (mean, sigma) in zip(step.latents, parts, strict=True)]
