@@ -2,14 +2,14 @@ r"""Building blocks of the networks, written once for one, two and three dimensi
 
 A residual bottleneck block is
 
-    y = x + c · W₄ φ(W₃ φ(W₂ φ(W₁ φ(x)))),        φ = swish,  c = 1/√L at initialisation,
+    y = x + c · W₃ φ(W₂ φ(W₁ φ(x))),        φ = swish,  c = 1/√L at initialisation,
 
-with W₁, W₄ pointwise, W₂, W₃ of three points on every axis that has more than one. There is no
+with W₁, W₃ pointwise and W₂ of three points on every axis that has more than one. There is no
 normalisation layer: c keeps the variance of a deep top-down path near one (VDVAE).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 SWISH_GAIN = 1.68
 """1 / sqrt(E[swish(u)²]) for unit normal u."""
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV: dict[int, Callable[..., Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def conv(inputs: int, outputs: int, grid: Sequence[int], *, pointwise: bool = False, gain: float = SWISH_GAIN) -> Conv:
@@ -30,7 +30,7 @@ def conv(inputs: int, outputs: int, grid: Sequence[int], *, pointwise: bool = Fa
     A gain of :data:`SWISH_GAIN` keeps the variance of a swish of unit normals, 1 that of plain inputs.
     """
     kernel = tuple(1 if pointwise or n == 1 else 3 for n in grid)
-    layer: Conv = _CONV[len(grid)](inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel))  # type: ignore[arg-type]
+    layer = _CONV[len(grid)](inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel))
     nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs * math.prod(kernel)))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -51,13 +51,12 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, grid: Sequence[int], *, gain: float = 1.0) -> None:
         super().__init__()
         self.enter = conv(inputs, hidden, grid, pointwise=True)
-        self.first = conv(hidden, hidden, grid)
-        self.second = conv(hidden, hidden, grid)
+        self.mix = conv(hidden, hidden, grid)
         self.leave = conv(hidden, outputs, grid, pointwise=True, gain=gain * SWISH_GAIN)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.enter, self.first, self.second, self.leave):
+        for layer in (self.enter, self.mix, self.leave):
             x = layer(F.silu(x))
         return x
 

@@ -10,18 +10,19 @@ and the bands have as many entries as the signal has real degrees of freedom.
 """
 
 import copy
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from separable_hvae.laws import LawReport, measure_laws
 
@@ -32,7 +33,11 @@ D = TypeVar("D", bound="Decomposition")
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COMPLEX = (torch.complex128, torch.complex64)
 _RESAMPLING = {1: "linear", 2: "bilinear", 3: "trilinear"}
-_POOLING: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_POOLING: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
@@ -136,7 +141,7 @@ class Decomposition(nn.Module, ABC):
         if isinstance(scales, str) or not isinstance(scales, Sequence):
             raise TypeError(f"scales must be a sequence of integers, got {scales!r}")
         checked = tuple(_positive("scales", s) for s in scales)
-        if not checked or any(b <= a for a, b in zip(checked, checked[1:], strict=False)):
+        if not checked or any(b <= a for a, b in itertools.pairwise(checked)):
             raise ValueError(f"scales must increase, coarse to fine, got {list(scales)}")
         if checked[-1] != max(self.size):
             raise ValueError(f"scales must end in the signal's largest size, {max(self.size)}, got {list(scales)}")
@@ -307,7 +312,9 @@ class Decomposition(nn.Module, ABC):
             raise TypeError(f"bands must be a sequence of tensors and None, got {type(bands).__name__}")
         shapes = list(self.band_shapes.items())
         if len(bands) > len(shapes):
-            raise ValueError(f"bands must have at most {len(shapes)} entries (scales {self.band_scales}), got {len(bands)}")
+            raise ValueError(
+                f"bands must have at most {len(shapes)} entries (scales {self.band_scales}), got {len(bands)}"
+            )
         given = {s: self.check_band(s, h) for s, h in zip(self.band_shapes, bands, strict=False) if h is not None}
         if not given:
             raise ValueError("bands must hold at least one tensor: None alone gives no batch size")
@@ -319,7 +326,9 @@ class Decomposition(nn.Module, ABC):
             if h is None:
                 h = first.new_zeros(len(first), *shape)
             elif len(h) != len(first):
-                raise ValueError(f"the band at scale {scale} must have shape {(len(first), *shape)}, got {tuple(h.shape)}")
+                raise ValueError(
+                    f"the band at scale {scale} must have shape {(len(first), *shape)}, got {tuple(h.shape)}"
+                )
             full.append(h.to(dtype))
         return full
 

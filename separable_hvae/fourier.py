@@ -40,7 +40,9 @@ class _Packing(nn.Module):
     source: Tensor
     sign: Tensor
 
-    def __init__(self, points: Sequence[int], bins: Sequence[Bins], paired: Sequence[NDArray[np.bool_]], is_complex: bool):
+    def __init__(
+        self, points: Sequence[int], bins: Sequence[Bins], paired: Sequence[NDArray[np.bool_]], is_complex: bool
+    ):
         super().__init__()
         self.points = tuple(points)
         self.axes = tuple(range(-len(self.points), 0))

@@ -17,6 +17,10 @@ from separable_hvae.blocks import ResidualBlock, conv
 from separable_hvae.decomposition import Decomposition, full_precision, resample
 
 
+EMIT_GAIN = 0.5
+"""Initial bands are small against their unit, so that training does not start by unlearning them."""
+
+
 class ScaleHead(nn.Module, ABC):
     """Map the context ``(B, width, *grid)`` at the end of a subset to a band ``(B, *band_shape)``.
 
@@ -61,7 +65,7 @@ class GridHead(ScaleHead):
         self.points = tuple(points)
         self.narrow = conv(width, bottleneck, self.grid, pointwise=True)
         self.mix = conv(bottleneck, bottleneck, self.points)
-        self.emit = conv(bottleneck, channels, self.points)
+        self.emit = conv(bottleneck, channels, self.points, gain=EMIT_GAIN)
 
     @override
     def forward(self, context: Tensor) -> Tensor:
@@ -84,11 +88,11 @@ class CoefficientHead(ScaleHead):
         super().__init__(decomp, scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
         self.on_grid = len(self.shape) == 1 + decomp.dims
         if self.on_grid:
-            self.emit = conv(width, self.shape[0], self.shape[1:])
+            self.emit = conv(width, self.shape[0], self.shape[1:], gain=EMIT_GAIN)
         else:
             self.rows = math.prod(self.shape[:-1])
             self.columns = -(-self.shape[-1] // math.prod(self.grid))
-            self.emit = conv(width, self.rows * self.columns, self.grid)
+            self.emit = conv(width, self.rows * self.columns, self.grid, gain=EMIT_GAIN)
 
     @override
     def forward(self, context: Tensor) -> Tensor:

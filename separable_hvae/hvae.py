@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,7 @@ class HVAE(nn.Module):
 
     log_sigma: Tensor
     calibrated: Tensor
+    subsets: Sequence[Subset]
 
     def __init__(
         self,
@@ -142,12 +143,12 @@ class HVAE(nn.Module):
         )
         self.start = nn.Parameter(torch.zeros(1, width, *self.decomp.grid(self.scales[0])))
         make_head = _head_class(head)
-        self.subsets = nn.ModuleList()
+        subsets: list[Subset] = []
         pending: dict[int, int] = {}
         for scale, count in zip(self.scales, counts, strict=True):
             pending[scale] = count
             if scale in self.decomp.band_shapes:
-                self.subsets.append(
+                subsets.append(
                     Subset(
                         self.decomp,
                         pending,
@@ -162,6 +163,7 @@ class HVAE(nn.Module):
                 )
                 self._warn_of_few_latents(pending, latent_channels)
                 pending = {}
+        self.subsets = cast(Sequence[Subset], nn.ModuleList(subsets))
         self._set_sigma(sigma)
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
         self.config: dict[str, Any] = {
@@ -174,6 +176,8 @@ class HVAE(nn.Module):
         }
 
     def _layers_by_scale(self, layers: int | Sequence[int]) -> list[int]:
+        if isinstance(layers, str) or not isinstance(layers, (int, Sequence)):
+            raise TypeError(f"layers must be an integer or one for each scale, got {layers!r}")
         counts = [layers] * len(self.scales) if isinstance(layers, int) else list(layers)
         if len(counts) != len(self.scales):
             raise ValueError(
@@ -191,7 +195,7 @@ class HVAE(nn.Module):
             warnings.warn(
                 f"scale {scale} has {latents} latents for the {coefficients} coefficients of its band: "
                 "its band cannot be coded freely; more layers or latent_channels would",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _set_sigma(self, sigma: float | Literal["learned"]) -> None:
@@ -259,8 +263,7 @@ class HVAE(nn.Module):
 
     def evidence(self, index: int, seen: Observation, target: Tensor) -> Evidence:
         """What the posteriors of subset ``index`` see."""
-        evidence: Evidence = self.subsets[index].evidence(seen.activations, target.to(self.start.dtype))
-        return evidence
+        return self.subsets[index].evidence(seen.activations, target.to(self.start.dtype))
 
     def top_down(
         self,
@@ -351,7 +354,8 @@ class HVAE(nn.Module):
             kl_weight: Factor on the KL terms, for a warm-up.
         """
         result = self(x, generator)
-        return ((result.data + kl_weight * result.kl.sum(1)) / self.decomp.numel).mean()
+        loss: Tensor = ((result.data + kl_weight * result.kl.sum(1)) / self.decomp.numel).mean()
+        return loss
 
     def decode(
         self,
@@ -388,7 +392,7 @@ class HVAE(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` signals ``(n, C, *size)`` from the model (the likelihood's mean, without its noise)."""
-        _require_count("n", n, 0)
+        _require_count("n", n, 1)
         _require_temperature(temperature)
         passes = self.top_down([None] * self.depth, n, temperature=temperature, generator=generator)
         return self.result(passes, self._signal_dtype(passes[0].band.dtype)).reconstruction
@@ -399,7 +403,7 @@ class HVAE(nn.Module):
         batches = data.split(256) if isinstance(data, Tensor) else data
         moments = [_Moments() for _ in self.subsets]
         for batch in batches:
-            x = self.decomp.check_signal(batch.to(self.start.device), "data")
+            x = self.decomp.check_signal(batch, "data").to(self.start.device)
             if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
                 raise ValueError("data must be finite, got NaN or infinity")
             with full_precision(x.device):
@@ -407,8 +411,8 @@ class HVAE(nn.Module):
                     moment.add(band)
         if not moments[0].count:
             raise ValueError("data must hold at least one signal")
-        for subset, moment in zip(self.subsets, moments, strict=True):
-            subset.unit.fill_(moment.deviation())
+        for subset, deviation in zip(self.subsets, _deviations(moments), strict=True):
+            subset.unit.fill_(deviation)
         self.calibrated.fill_(_WARM_UP_BATCHES)
 
     @torch.no_grad()
@@ -417,11 +421,15 @@ class HVAE(nn.Module):
         if (count := int(self.calibrated)) >= _WARM_UP_BATCHES:
             return
         bands = seen.targets if seen.targets is not None else self.decomp.analysis(seen.x)
-        for subset, band in zip(self.subsets, bands, strict=True):
-            moment = _Moments()
+        moments = [_Moments() for _ in bands]
+        for moment, band in zip(moments, bands, strict=True):
             moment.add(band)
-            variance = moment.deviation() ** 2 if count == 0 else (count * float(subset.unit) ** 2 + moment.deviation() ** 2) / (count + 1)
-            subset.unit.fill_(math.sqrt(variance))
+        for subset, deviation in zip(self.subsets, _deviations(moments), strict=True):
+            variance = (count * float(subset.unit) ** 2 + deviation**2) / (count + 1)
+            # A new tensor: an earlier pass may still need the old one for its gradients, and a later one
+            # could not use a tensor made in inference mode.
+            with torch.inference_mode(False):
+                subset.unit = torch.full_like(subset.unit, math.sqrt(variance))
         self.calibrated.fill_(count + 1)
 
     def check_latents(self, latents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -476,8 +484,13 @@ class _Moments:
     def deviation(self) -> float:
         mean = self.total / self.count
         deviation = math.sqrt(max(self.squares / self.count - mean**2, 0.0))
-        # A band that never varies keeps a unit of one.
-        return deviation if deviation > 1e-8 * (1 + abs(mean)) else 1.0
+        return deviation if deviation > 1e-7 * abs(mean) else 0.0
+
+
+def _deviations(moments: Sequence[_Moments]) -> list[float]:
+    """The deviation of each band; one for a band that varies by rounding alone."""
+    rounding = 1e-6 * math.sqrt(sum(m.squares for m in moments) / sum(m.count for m in moments))
+    return [d if (d := moment.deviation()) > rounding else 1.0 for moment in moments]
 
 
 def _head_class(head: str | type[ScaleHead]) -> Callable[..., ScaleHead]:

@@ -47,11 +47,15 @@ class LawReport:
         """
         failing = [f"{law} (error {e:.2g})" for law, e in self.errors.items() if not e <= tolerance]
         if failing:
-            raise ValueError(f"the decomposition breaks {len(failing)} law(s) at tolerance {tolerance:.1g}: " + "; ".join(failing))
+            raise ValueError(
+                f"the decomposition breaks {len(failing)} law(s) at tolerance {tolerance:.1g}: " + "; ".join(failing)
+            )
         for name, conditions in (("to_grid", self.to_grid_condition), ("from_grid", self.from_grid_condition)):
             singular = [s for s, c in conditions.items() if c == math.inf]
             if singular:
-                warnings.warn(f"{name} is singular at scales {singular}; override it to show the whole band", stacklevel=3)
+                warnings.warn(
+                    f"{name} is singular at scales {singular}; override it to show the whole band", stacklevel=3
+                )
 
 
 @torch.no_grad()
@@ -86,7 +90,9 @@ def measure_laws(decomp: "Decomposition", dtype: torch.dtype) -> LawReport:
     alone = [decomp.synthesis([None] * i + [band]) for i, band in enumerate(h)]
     errors["partial sums"] = _error(torch.stack(alone).sum(0), synthesised)
     if decomp.orthonormal:
-        errors["degrees of freedom"] = abs(sum(map(math.prod, decomp.band_shapes.values())) - decomp.numel) / decomp.numel
+        errors["degrees of freedom"] = (
+            abs(sum(map(math.prod, decomp.band_shapes.values())) - decomp.numel) / decomp.numel
+        )
         errors["orthonormality of analysis"] = _error(_norm(analysed), _norm([x]))
         errors["orthonormality of synthesis"] = _error(_norm([synthesised]), _norm(h))
     to_grid: dict[int, float | None] = {}

@@ -119,7 +119,7 @@ def by_scale(name: str, value: ByScale, scales: Sequence[int], *, least: float =
     """
     if isinstance(value, Mapping):
         if set(value) != set(scales):
-            raise ValueError(f"{name} must have one entry for each scale {list(scales)}, got {sorted(value)}")
+            raise ValueError(f"{name} must have one entry for each scale {list(scales)}, got {list(value)}")
         values = [value[s] for s in scales]
     elif isinstance(value, Sequence) and not isinstance(value, str):
         values = list(value)

@@ -9,6 +9,7 @@ its own band costs at most one subset and one head.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,7 @@ class Subset(nn.Module):
     """
 
     unit: Tensor
+    layers: Sequence[StochasticLayer]
 
     def __init__(
         self,
@@ -102,9 +104,8 @@ class Subset(nn.Module):
         super().__init__()
         self.scales = tuple(s for s, count in layers.items() for _ in range(count))
         self.scale = max(layers)
-        self.layers = nn.ModuleList(
-            StochasticLayer(decomp.grid(s), width, bottleneck, latent_channels, gain=gain) for s in self.scales
-        )
+        stack = [StochasticLayer(decomp.grid(s), width, bottleneck, latent_channels, gain=gain) for s in self.scales]
+        self.layers = cast(Sequence[StochasticLayer], nn.ModuleList(stack))
         self.head = head(decomp, self.scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
         self.band_input = BandInput(decomp, self.scale, width, bottleneck) if band_input else None
         self.register_buffer("unit", torch.ones(()))

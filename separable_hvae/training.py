@@ -180,14 +180,14 @@ def fit(
             bar.update()
             if state.step % every == 0:
                 per_layer = kl.detach().tolist()
-                loss = float(data_term) + sum(per_layer) / model.decomp.numel
+                loss = float(data_term.detach()) + sum(per_layer) / model.decomp.numel
                 speed = (state.step - last[0]) * len(x) * accelerator.num_processes / (clock() - last[1])
                 last = (state.step, clock())
                 record(
                     {
                         "step": state.step,
                         "loss": loss,
-                        "data": float(data_term),
+                        "data": float(data_term.detach()),
                         "kl": per_layer,
                         "grad_norm": norm,
                         "learning_rate": rate,
@@ -209,7 +209,7 @@ def fit(
     state.seconds = clock() - begin
     save()
     if ema and state.step:
-        model.load_state_dict(cast(nn.Module, averaged.module).state_dict())
+        model.load_state_dict(averaged.module.state_dict())
     model.eval()
     report.steps, report.seconds = state.step, state.seconds
     return report

@@ -77,7 +77,9 @@ class _Wavelet(Decomposition):
             raise ValueError(f"wavelet must be a name from pywt.wavelist(kind='discrete'), got {wavelet!r}")
         defect = orthogonality_defect(wavelet)
         if defect > _MAX_DEFECT:
-            raise ValueError(f"wavelet {wavelet!r} is not orthogonal: its filters' defect is {defect:.1g}, allowed is {_MAX_DEFECT}")
+            raise ValueError(
+                f"wavelet {wavelet!r} is not orthogonal: its filters' defect is {defect:.1g}, allowed is {_MAX_DEFECT}"
+            )
         points = sides(size, self.axes)
         super().__init__(points, channels, scales, is_complex=is_complex)
         self.wavelet = wavelet
@@ -141,7 +143,9 @@ class _Wavelet(Decomposition):
         for axis, n in reversed(list(enumerate(points, start=2))):
             if n > 1:
                 matrix = _transposed(self.wavelet, n, average.dtype, average.device)
-                blocks = [_along(matrix, torch.cat(pair, axis), axis) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
+                blocks = [
+                    _along(matrix, torch.cat(pair, axis), axis) for pair in zip(blocks[::2], blocks[1::2], strict=True)
+                ]
         return blocks[0]
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:

@@ -113,10 +113,12 @@ class Refiner(ABC):
             raise TypeError(f"loss must be 'l1', 'l2' or a callable, got {loss!r}")
         if isinstance(init, str) and init not in ("posterior", "prior"):
             raise ValueError(f"init must be 'posterior', 'prior' or a list of latents, got {init!r}")
+        if not isinstance(init, Sequence):
+            raise TypeError(f"init must be 'posterior', 'prior' or a list of latents, got {type(init).__name__}")
         check_by_scale("steps", steps)
         check_by_scale("guidance", guidance)
         self.steps, self.guidance, self.loss, self.init, self.sample = steps, guidance, loss, init, sample
-        self.schedule = _named("schedule", schedule, SCHEDULES, Schedule)
+        self.schedule = _named("schedule", schedule, SCHEDULES, Schedule)  # type: ignore[type-abstract]
 
     @abstractmethod
     def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
@@ -167,7 +169,7 @@ class Refiner(ABC):
             with torch.no_grad():
                 seen = model.observe(x.clone() if x.is_inference() else x.detach())
             objective = Objective(model, seen, self.loss, self.guidance)
-            init = self.init if isinstance(self.init, str) else model.require_latents(self.init, len(x))
+            init = self.init if isinstance(self.init, str) else _given(model, self.init, len(x))
             run = Run(model, seen, objective, steps, init, self.sample, generator)
             history = History()
             if any(steps.values()):
@@ -215,7 +217,7 @@ class MAPRefiner(Refiner):
         if step_size is not None:
             check_by_scale("step_size", step_size)
         self.step_size = step_size
-        self.rule = _named("rule", rule, RULES, Rule)
+        self.rule = _named("rule", rule, RULES, Rule)  # type: ignore[type-abstract]
 
     @classmethod
     def paper(cls, steps: int = 25) -> "MAPRefiner":
@@ -249,6 +251,14 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """Check the latents to start from and copy them, so that ones from inference mode can move too."""
+    given = [z.clone() for z in model.require_latents(latents, batch)]
+    if not all(bool(torch.isfinite(z).all()) for z in given):
+        raise ValueError("init must be finite, got NaN or infinity")
+    return given
 
 
 def _no_worse(run: Run) -> tuple[list[SubsetPass], Tensor]:

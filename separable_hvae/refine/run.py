@@ -85,6 +85,16 @@ class Run:
         step = subset(context, [None] * (len(subset.scales) - m), evidence, start=m, temperature=0.0)
         return step.latents[0] if noise is None else _draw(step, 0, noise[m])
 
+    def completion(self, index: int, m: int, z: Tensor, context: Tensor, evidence: Evidence | None) -> list[Tensor]:
+        """The later latents of a subset while latent ``m`` moves: means under ``z``, or as they were given."""
+        if self.given is not None:
+            return self.start[index].latents[m + 1 :]
+        subset = self.model.subsets[index]
+        step: SubsetPass = subset(
+            context, [z, *[None] * (len(subset.scales) - m - 1)], evidence, start=m, temperature=0.0
+        )
+        return step.latents[1:]
+
 
 def _distribution(step: SubsetPass, m: int) -> tuple[Tensor, Tensor]:
     gaussian = step.posteriors[m] or step.priors[m]

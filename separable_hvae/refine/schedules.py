@@ -19,7 +19,6 @@ from typing_extensions import override
 from separable_hvae.objective import Terms
 from separable_hvae.refine.problem import Problem
 from separable_hvae.refine.run import Run
-from separable_hvae.subset import SubsetPass
 
 
 class Schedule(ABC):
@@ -78,12 +77,11 @@ class Latent(Schedule):
         for i, subset in enumerate(run.model.subsets):
             with torch.no_grad():
                 target, evidence = run.target(i, coarser)
-                entered = run.enter(i, context, evidence)
+                entered = final = run.enter(i, context, evidence)
             for m, scale in enumerate(subset.scales):
                 with torch.no_grad():
                     z = run.recentre(i, m, context, entered, evidence)
-                    rest = subset(context, [z, *[None] * (len(subset.scales) - m - 1)], evidence, start=m, temperature=0.0)
-                later = [later.detach() for later in rest.latents[1:]]
+                    later = run.completion(i, m, z, context, evidence)
 
                 def objective(
                     z: list[Tensor],
@@ -101,7 +99,7 @@ class Latent(Schedule):
                 yield problem
                 latents += problem.latents
                 with torch.no_grad():
-                    final: SubsetPass = subset(context, [*problem.latents, *later], start=m)
+                    final = subset(context, [*problem.latents, *later], start=m)
                 context = final.contexts[1] if later else final.context
             coarser.append(final.band)
         run.latents = latents

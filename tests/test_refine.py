@@ -1,0 +1,789 @@
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+from typing_extensions import override
+
+from separable_hvae import HVAE, FFT1Real, FFT2Complex, Identity, MAPRefiner, Refiner
+from separable_hvae.decomposition import pack
+from separable_hvae.latent import StochasticLayer
+from separable_hvae.objective import absolute_error
+from separable_hvae.refine import (
+    Adam,
+    GradientDescent,
+    History,
+    Iterate,
+    Latent,
+    Problem,
+    Rule,
+    Schedule,
+)
+from separable_hvae.refine.run import Run
+from tests.linear_gaussian import Array, ClosedForm, flat, linear_gaussian
+from tests.test_hvae import layer_passes, seeded, tiny
+from tests.test_linear_gaussian import ORTHONORMAL
+from tests.zoo import OWN, SMALL, Make, Pyramid, signal
+
+SCHEDULES = ["latent", "scale", "joint"]
+SIGMA = 0.3
+
+
+def few(seed: int = 0, **options: Any) -> HVAE:
+    """Two bands of two layers each, in float64."""
+    return tiny(FFT1Real(4, scales=[1, 4]), seed=seed, sigma=SIGMA, **options).double()
+
+
+def objective(
+    model: HVAE, latents: Sequence[Tensor], x: Tensor, *, loss: str = "l2", beta: float | Mapping[int, float] = 1.0
+) -> Tensor:
+    """The full MAP objective, from what the latents decode to: ``(B,)``."""
+    decoded = []
+    passes = layer_passes(model, lambda: decoded.append(model.decode(latents)))
+    assert len(passes) == model.depth
+    nll = [
+        -Normal(p.prior.mean, p.prior.sigma).log_prob(z).flatten(1).sum(1) for p, z in zip(passes, latents, strict=True)
+    ]
+    weights = beta if isinstance(beta, Mapping) else dict.fromkeys(model.scales, beta)
+    if model.decomp.orthonormal:
+        parts = list(zip(model.decomp.band_scales, decoded[0].bands, model.decomp.analysis(x), strict=True))
+    else:
+        parts = [(model.scales[-1], pack(decoded[0].reconstruction), pack(x))]
+    sigma = float(model.sigma)
+    for s, h_hat, h in parts:
+        error = (h_hat - h).flatten(1)
+        data = error.square().sum(1) / (2 * sigma**2) if loss == "l2" else math.sqrt(2) / sigma * error.abs().sum(1)
+        nll.append(weights[s] * data)
+    return torch.stack(nll).sum(0).detach()
+
+
+def assert_equal(a: Sequence[Tensor], b: Sequence[Tensor], *, exactly: bool = True) -> None:
+    for left, right in zip(a, b, strict=True):
+        if exactly:
+            torch.testing.assert_close(left, right, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+# Where refinement lands.
+
+
+class ConjugateGradient(Rule):
+    """Exact on quadratic objectives after as many steps as a problem has dimensions."""
+
+    default_step = default_joint_step = 1.0
+
+    @override
+    def step(
+        self, problem: Problem, latents: list[Tensor], sizes: Sequence[float], state: Any
+    ) -> tuple[list[Tensor], Any]:
+        def rows(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([t.flatten(1) for t in tensors], dim=1)
+
+        def move(direction: Tensor) -> list[Tensor]:
+            parts = direction.split([z[0].numel() for z in latents], dim=1)
+            return [z + part.reshape(z.shape) for z, part in zip(latents, parts, strict=True)]
+
+        residual = -rows(problem.gradient(latents))
+        norm = residual.square().sum(1, keepdim=True)
+        direction = residual if state is None else residual + norm / state[1].clamp_min(1e-100) * state[0]
+        unit = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-100)
+        curvature = (unit * (rows(problem.gradient(move(unit))) + residual)).sum(1, keepdim=True)
+        return move((unit * residual).sum(1, keepdim=True) / curvature * unit), (direction, norm)
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "own prior"])
+@pytest.mark.parametrize("make", [*ORTHONORMAL.values(), lambda: Pyramid((4,), 1)], ids=[*ORTHONORMAL, "pyramid"])
+def test_lands_on_the_closed_form(make: Make, schedule: str) -> None:
+    model = linear_gaussian(make())
+    algebra, x = ClosedForm(model), 2 * signal(model.decomp)
+    guidance = {s: 1 + 0.5 * i for i, s in enumerate(reversed(model.scales))}
+    optima: dict[str, Callable[..., Array]] = {
+        "latent": algebra.latent,
+        "own prior": partial(algebra.latent, own_prior=True),
+        "scale": algebra.scale,
+        "joint": algebra.joint,
+    }
+    refiner = MAPRefiner(
+        algebra.numel if schedule == "joint" else 16,
+        guidance=guidance,
+        schedule=Latent(own_prior=True) if schedule == "own prior" else schedule,
+        rule=ConjugateGradient(),
+    )
+    result = refiner(model, x)
+    assert result.refused is not None
+    assert not result.refused.any()
+    rows = flat([pack(x)])
+    optimum = np.stack([optima[schedule](row, guidance) for row in rows])
+    np.testing.assert_allclose(flat(result.latents), optimum, atol=1e-8)
+
+
+def test_the_optima_differ() -> None:
+    algebra, row = ClosedForm(linear_gaussian(FFT1Real(6))), np.linspace(-2, 3, 6)
+    optima = [algebra.joint(row), algebra.scale(row), algebra.latent(row), algebra.latent(row, own_prior=True)]
+    assert all(np.abs(a - b).max() > 0.01 for a, b in combinations(optima, 2))
+    algebra, row = ClosedForm(linear_gaussian(Identity((4,)))), np.linspace(-2, 3, 12)
+    np.testing.assert_allclose(algebra.joint(row), algebra.scale(row))
+    assert np.abs(algebra.joint(row) - algebra.latent(row)).max() > 0.01
+
+
+@pytest.mark.parametrize("rule", ["gd", "adam"])
+def test_the_rules_converge(rule: str) -> None:
+    model = linear_gaussian(FFT1Real(3, scales=[1, 3]), layers=1)
+    algebra, x = ClosedForm(model), signal(model.decomp)
+    result = MAPRefiner(500, 0.05, schedule="scale", rule=rule)(model, x)
+    np.testing.assert_allclose(flat(result.latents), [algebra.scale(row) for row in flat([x])], atol=1e-4)
+
+
+def test_prior_means_complete_a_subset_without_the_encoder() -> None:
+    model = linear_gaussian(FFT1Real(4, scales=[1, 4]), layers=3)
+    algebra, x = ClosedForm(model), signal(model.decomp)
+    result = MAPRefiner(16, schedule="latent", rule=ConjugateGradient(), init="prior")(model, x)
+    expected = [algebra.latent(row, init="prior") for row in flat([x])]
+    np.testing.assert_allclose(flat(result.latents), expected, atol=1e-8)
+
+
+def test_given_latents_complete_a_subset_as_they_are() -> None:
+    model = linear_gaussian(Identity((3,), channels=1), layers=2)
+    algebra, x = ClosedForm(model), signal(model.decomp)
+    given = [
+        torch.randn(2, *shape, dtype=torch.float64, generator=seeded(i)) for i, shape in enumerate(model.latent_shapes)
+    ]
+    result = MAPRefiner(16, schedule="latent", rule=ConjugateGradient(), init=given)(model, x)
+    for row, start, found in zip(flat([x]), flat(given), flat(result.latents), strict=True):
+        z = start
+        for m in range(model.depth):
+            z = algebra.solve(algebra.whitened(row), z, [m])
+        np.testing.assert_allclose(found, z, atol=1e-8)
+
+
+def test_the_papers_setting_literally() -> None:
+    """Each iterate of Algorithm 1, in numpy: own prior, L1, λ = 0.001, β = 1, from a posterior sample."""
+    refiner = MAPRefiner.paper()
+    assert (refiner.steps, refiner.step_size, refiner.guidance, refiner.init, refiner.sample) == (
+        25,
+        1e-3,
+        1.0,
+        "posterior",
+        True,
+    )
+    assert isinstance(refiner.rule, GradientDescent)
+    assert isinstance(refiner.schedule, Latent)
+    assert refiner.schedule.own_prior
+    assert refiner.loss is absolute_error
+
+    model = linear_gaussian(FFT1Real(4, channels=1, scales=[1, 4]))
+    algebra, x = ClosedForm(model), signal(model.decomp)
+    iterates: list[Iterate] = []
+    result = refiner(model, x, seeded(), iterates.append)
+    generator = seeded()
+    noise = [
+        torch.randn(2, *s, dtype=torch.float64, generator=generator).flatten(1).numpy() for s in model.latent_shapes
+    ]
+    moves, final = iter(iterates), np.zeros((2, algebra.numel))
+    for index, layers in enumerate(algebra.subsets):
+        for k, m in enumerate(layers):
+            slot, layer = algebra.slots[m], algebra.layers[m]
+            for row, z, epsilon in zip(flat([x]), final, noise[m], strict=True):
+                z[slot] = algebra.mean(m, z, row) + np.exp(layer.posterior_log_sigma.detach().numpy()) * epsilon
+                for later in layers[k + 1 :]:
+                    z[algebra.slots[later]] = algebra.mean(later, z, row)
+            for _ in range(25):
+                iterate = next(moves)
+                np.testing.assert_allclose(flat(iterate.latents), final[:, slot], atol=1e-12)
+                for b, (row, z) in enumerate(zip(flat([x]), final, strict=True)):
+                    prior, band = algebra.priors[m], algebra.bands[index]
+                    error = band(z) - algebra.target(index, row, z)
+                    assert float(iterate.data[b]) == pytest.approx(np.abs(error).sum())
+                    gradient = prior.matrix[:, slot].T @ prior(z) + band.matrix[:, slot].T @ np.sign(error)
+                    z[slot] -= 1e-3 * gradient
+    assert next(moves, None) is None
+    assert result.refused is not None
+    np.testing.assert_allclose(flat(result.latents)[~result.refused], final[~result.refused.numpy()], atol=1e-12)
+
+
+# Gradients and cost.
+
+
+class Probe(Refiner):
+    """Compare each problem's gradient with central differences along a random direction, latent by latent."""
+
+    checked = 0
+
+    @override
+    def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
+        def value(moved: list[Tensor]) -> Tensor:
+            problem.gradient(moved)
+            assert problem.terms is not None
+            return problem.terms.objective
+
+        gradient, h = problem.gradient(latents), 1e-6
+        for k, (z, g) in enumerate(zip(latents, gradient, strict=True)):
+            direction = torch.randn(z.shape, dtype=z.dtype, generator=seeded(self.checked))
+            up, down = ([*latents[:k], z + s * h * direction, *latents[k + 1 :]] for s in (1, -1))
+            torch.testing.assert_close(
+                (value(up) - value(down)) / (2 * h), (g * direction).flatten(1).sum(1), rtol=1e-5, atol=1e-5
+            )
+            self.checked += 1
+        return [z - 1e-3 * g for z, g in zip(latents, gradient, strict=True)], None
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2", lambda h_hat, h: (h_hat - h).pow(4).flatten(1).sum(1)])
+@pytest.mark.parametrize("schedule", [*SCHEDULES, Latent(own_prior=True)], ids=[*SCHEDULES, "own prior"])
+@pytest.mark.parametrize("name", ["few", "own-pyramid", "identity-1"])
+def test_gradients_against_finite_differences(name: str, schedule: Any, loss: Any) -> None:
+    model = few() if name == "few" else tiny(SMALL[name](), sigma=SIGMA, layers=1).double()
+    x = signal(model.decomp)
+    probe = Probe(2, loss=loss, schedule=schedule, guidance=0.7)
+    probe(model, x)
+    assert probe.checked == 2 * model.depth
+
+
+class Spy(MAPRefiner):
+    """Note which leaf modules each step runs."""
+
+    def __init__(self, model: HVAE, **options: Any) -> None:
+        super().__init__(1, **options)
+        self.ran: list[str] = []
+        self.steps_ran: list[tuple[int, list[str]]] = []
+        for name, module in model.named_modules():
+            if not list(module.children()) or isinstance(module, StochasticLayer):
+                module.register_forward_hook(lambda *_, name=name: self.ran.append(name))
+
+    @override
+    def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
+        self.ran.clear()
+        moved = super().step(problem, latents, state)
+        self.steps_ran.append((max(problem.scales), list(self.ran)))
+        return moved
+
+    def layers(self) -> list[int]:
+        """Stochastic layers that each step ran."""
+        return [sum(bool(re.fullmatch(r"subsets\.\d+\.layers\.\d+", n)) for n in ran) for _, ran in self.steps_ran]
+
+
+@pytest.mark.parametrize("schedule", ["latent", "scale"])
+@pytest.mark.parametrize("make", [SMALL["fft2-no-band-at-3"], SMALL["haar-skips"], OWN["own-pyramid"]])
+def test_a_step_runs_its_own_subset_and_no_other(make: Make, schedule: str) -> None:
+    model = tiny(make())
+    spy = Spy(model, schedule=schedule)
+    spy(model, signal(model.decomp, dtype=torch.float32))
+    indices = [i for i, s in enumerate(model.subsets) for _ in range(len(s.scales) if schedule == "latent" else 1)]
+    for index, (scale, ran) in zip(indices, spy.steps_ran, strict=True):
+        assert scale in model.subsets[index].scales
+        assert any(".head." in name for name in ran)
+        assert all(name.startswith(f"subsets.{index}.") for name in ran)
+        # The amortized part is not run again.
+        assert not any("posterior" in name or "band_input" in name for name in ran)
+    sizes = [len(s.scales) for s in model.subsets]
+    expected = [m for size in sizes for m in range(size, 0, -1)] if schedule == "latent" else sizes
+    assert spy.layers() == expected
+
+
+def test_vanilla_steps_run_all_later_layers() -> None:
+    model = tiny(SMALL["identity-1"]())
+    x = signal(model.decomp, dtype=torch.float32)
+    spy = Spy(model, schedule="latent")
+    spy(model, x)
+    assert spy.layers() == list(range(model.depth, 0, -1))
+    for m, (_, ran) in enumerate(spy.steps_ran):
+        assert {int(n.split(".")[3]) for n in ran if ".layers." in n} == set(range(m, model.depth))
+        assert any(".head." in name for name in ran)
+    spy = Spy(model, schedule="joint")
+    spy(model, x)
+    assert spy.layers() == [model.depth]
+
+
+# Never worse than the start.
+
+
+class Sabotage(Rule):
+    """Improve every sample but the first, which goes astray."""
+
+    default_step = default_joint_step = 1e-4
+
+    def __init__(self, wrong: float) -> None:
+        self.wrong = wrong
+
+    @override
+    def step(
+        self, problem: Problem, latents: list[Tensor], sizes: Sequence[float], state: Any
+    ) -> tuple[list[Tensor], Any]:
+        moved = [z - s * g for z, g, s in zip(latents, problem.gradient(latents), sizes, strict=True)]
+        for z in moved:
+            z[0] = self.wrong
+        return moved, None
+
+
+WILD = [(1e-6, 1.0), (1e-3, 1e6), (0.1, 0.0), (0.5, 1.0), (10.0, 1e3), (1e3, 1e6), (1e3, 0.0)]
+
+
+@pytest.mark.parametrize("rule", ["gd", "adam"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "make", [few, lambda: tiny(Pyramid((4,), 1, [1, 4]), sigma=SIGMA).double()], ids=["fft", "frame"]
+)
+def test_never_worse_than_the_start(make: Callable[[], HVAE], schedule: str, rule: str) -> None:
+    model = make()
+    x = signal(model.decomp, 3) * torch.tensor([1.0, 0.1, 50.0], dtype=torch.float64)[:, None, None]
+    given = model.encode(x, temperature=2.0, generator=seeded()).latents
+    inits: list[Any] = ["posterior", "prior", given]
+    refused = 0
+    for (size, beta), init, sample, loss in product(WILD, inits, [True, False], ["l1", "l2"]):
+        options: dict[str, Any] = {"guidance": beta, "loss": loss, "init": init, "sample": sample}
+        start = MAPRefiner(0, **options)(model, x, seeded(1))
+        result = MAPRefiner(3, size, schedule=schedule, rule=rule, **options)(model, x, seeded(1))
+        before = objective(model, start.latents, x, loss=loss, beta=beta)
+        after = objective(model, result.latents, x, loss=loss, beta=beta)
+        assert bool((after <= before + 1e-5 * (1 + before.abs())).all()), options
+        assert result.refused is not None
+        for old, new in zip(start.latents, result.latents, strict=True):
+            assert torch.equal(old[result.refused], new[result.refused])
+        assert_equal([model.decode(result.latents).reconstruction], [result.reconstruction])
+        refused += int(result.refused.sum())
+    assert refused > 0
+
+
+@pytest.mark.parametrize("wrong", [1e6, math.nan, math.inf])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_refused_sample_returns_its_start_and_the_others_stay(schedule: str, wrong: float) -> None:
+    model = few()
+    x = signal(model.decomp, 3)
+    start, result = MAPRefiner(0)(model, x), MAPRefiner(3, schedule=schedule, rule=Sabotage(wrong))(model, x)
+    alone = MAPRefiner(3, 1e-4, schedule=schedule, rule="gd")(model, x[1:])
+    assert result.refused is not None
+    assert result.refused.tolist() == [True, False, False]
+    assert_equal([z[0] for z in result.latents], [z[0] for z in start.latents])
+    assert_equal([z[1:] for z in result.latents], alone.latents, exactly=False)
+    assert_equal([result.reconstruction[0]], [start.reconstruction[0]], exactly=False)
+    assert start.refused is not None
+    assert not start.refused.any()
+
+
+def test_a_start_without_a_finite_objective_is_kept() -> None:
+    model = few()
+    x = signal(model.decomp)
+    result = MAPRefiner(2, loss=lambda h_hat, h: (h_hat - h).flatten(1).sum(1) * math.nan)(model, x)
+    assert result.refused is not None
+    assert result.refused.all()
+    assert_equal(result.latents, model.encode(x).latents)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", SMALL)
+def test_refinement_improves_every_decomposition(name: str, schedule: str) -> None:
+    model = tiny(SMALL[name](), sigma=SIGMA, layers=1, perturbed=name != "fft3-real").double()
+    x = signal(model.decomp)
+    start, result = MAPRefiner(0)(model, x), MAPRefiner(4, 3e-3, schedule=schedule)(model, x)
+    assert result.refused is not None
+    assert not result.refused.any()
+    assert bool((objective(model, result.latents, x) < objective(model, start.latents, x)).all())
+    assert_equal([model.decode(result.latents).reconstruction], [result.reconstruction])
+    assert result.reconstruction.dtype == x.dtype
+    assert [z.shape for z in result.latents] == [(2, *shape) for shape in model.latent_shapes]
+
+
+# Starts.
+
+
+def test_no_steps_are_amortized_inference() -> None:
+    model = few()
+    x = signal(model.decomp)
+    for sample, amortized in ((False, model.encode(x)), (True, model(x, seeded()))):
+        result = MAPRefiner(0, sample=sample)(model, x, seeded())
+        assert_equal(result.latents, amortized.latents)
+        for name in ("reconstruction", "nll", "kl", "data"):
+            assert_equal([getattr(result, name)], [getattr(amortized, name).detach()])
+        assert result.history == History()
+        assert result.refused is not None
+        assert not result.refused.any()
+    means = MAPRefiner({1: 0, 4: 0}, schedule="joint", init="prior")(model, x)
+    assert means.kl is None
+    prior = layer_passes(model, lambda: model.decode(means.latents))
+    assert_equal(means.latents, [p.prior.mean for p in prior], exactly=False)
+    given = model.encode(x, temperature=1.0, generator=seeded()).latents
+    assert_equal(MAPRefiner(0, init=given)(model, x).latents, given)
+
+
+def test_fully_iterative_inference_ignores_the_encoder() -> None:
+    model, other = few(), few()
+    with torch.no_grad():
+        for parameter in other.encoder.parameters():
+            parameter.add_(1.0)
+    x = signal(model.decomp)
+    for schedule, sample in product(SCHEDULES, [True, False]):
+        refiner = MAPRefiner(3, schedule=schedule, init="prior", sample=sample)
+        result = refiner(model, x, seeded())
+        assert_equal(result.latents, refiner(other, x, seeded()).latents)
+        start = MAPRefiner(0, init="prior", sample=sample)(model, x, seeded())
+        assert bool((objective(model, result.latents, x) < objective(model, start.latents, x)).all())
+        assert result.kl is None
+
+
+def test_refinement_goes_on_from_given_latents() -> None:
+    model = few()
+    x = signal(model.decomp)
+    once = MAPRefiner(6, 1e-3, schedule="joint", rule="gd")(model, x)
+    half = MAPRefiner(3, 1e-3, schedule="joint", rule="gd")(model, x)
+    again = MAPRefiner(3, 1e-3, schedule="joint", rule="gd", init=half.latents)(model, x)
+    assert_equal(again.latents, once.latents, exactly=False)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_drawn_start_follows_its_generator(schedule: str) -> None:
+    model = few()
+    x = signal(model.decomp)
+    refiner = MAPRefiner(2, schedule=schedule, sample=True)
+    first, same, other = (refiner(model, x, seeded(seed)).latents for seed in (0, 0, 1))
+    assert_equal(first, same)
+    assert not torch.equal(first[0], other[0])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    refiner(model, x, seeded())
+    MAPRefiner(2, schedule=schedule)(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# What surrounds it.
+
+
+@pytest.mark.parametrize("rule", ["gd", "adam"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_samples_are_independent(schedule: str, rule: str) -> None:
+    model = few()
+    x = signal(model.decomp, 3) * torch.tensor([1.0, 0.1, 20.0], dtype=torch.float64)[:, None, None]
+    refiner = MAPRefiner(5, 1e-3, schedule=schedule, rule=rule)
+    together = refiner(model, x)
+    assert together.refused is not None
+    for i in range(3):
+        alone = refiner(model, x[i : i + 1])
+        assert_equal(alone.latents, [z[i : i + 1] for z in together.latents], exactly=False)
+        assert alone.refused is not None
+        assert bool(alone.refused) == bool(together.refused[i])
+
+
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+def test_works_in_any_mode_and_leaves_everything_as_it_was(
+    training: bool, around: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    model = few()
+    x = signal(model.decomp)
+    expected = {s: MAPRefiner(2, schedule=s)(model, x) for s in SCHEDULES}
+    given = MAPRefiner(2, init=model.encode(x).latents)(model, x)
+    model.train(training)
+    model.subsets[1].eval()
+    parameters = list(model.parameters())
+    for i, parameter in enumerate(parameters):
+        parameter.requires_grad_(i % 3 > 0)
+        parameter.grad = torch.full_like(parameter, 3.0) if i % 3 == 1 else None
+    x.requires_grad_()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    with around():
+        signals = [x, x.clone()] if around is torch.inference_mode else [x]
+        modes_outside = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        for y, schedule in product(signals, SCHEDULES):
+            result = MAPRefiner(2, schedule=schedule)(model, y)
+            assert_equal(result.latents, expected[schedule].latents)
+            assert_equal([result.reconstruction], [expected[schedule].reconstruction])
+            tensors = [result.reconstruction, result.nll, *result.bands, *result.latents]
+            assert not any(t.requires_grad or t.is_inference() for t in tensors)
+        with pytest.raises(ZeroDivisionError):
+            MAPRefiner(2)(model, x, callback=lambda _: print(1 / 0))  # noqa: T201
+        start = model.eval().encode(x).latents
+        model.train(training)
+        model.subsets[1].eval()
+        copies = [z.clone() for z in start]
+        assert_equal(MAPRefiner(2, init=start)(model, x).latents, given.latents)
+        assert_equal(start, copies)
+        assert modes_outside == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert modes == [m.training for m in model.modules()]
+    assert_equal([x.detach()], [signal(model.decomp)])
+    assert x.grad is None
+    assert x.requires_grad
+    assert_equal(list(model.state_dict().values()), list(state.values()))
+    for i, parameter in enumerate(parameters):
+        assert parameter.requires_grad == (i % 3 > 0)
+        assert (parameter.grad is not None) == (i % 3 == 1)
+        assert parameter.grad is None or bool((parameter.grad == 3).all())
+
+
+def test_results_share_no_memory_with_what_came_in() -> None:
+    model = few()
+    x = signal(model.decomp)
+    given = model.encode(x).latents
+    for steps in (0, 2):
+        result = MAPRefiner(steps, init=given)(model, x)
+        for z in [*result.latents, result.reconstruction]:
+            z.detach().fill_(7.0)
+    assert_equal(given, model.encode(x).latents)
+    assert_equal([x], [signal(model.decomp)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_output_has_the_inputs_dtype(dtype: torch.dtype) -> None:
+    model = tiny(FFT1Real(4, scales=[1, 4]), sigma=SIGMA)
+    x = signal(model.decomp, dtype=torch.float32).to(dtype)
+    result = MAPRefiner(2)(model, x)
+    assert result.reconstruction.dtype == dtype
+    assert all(z.dtype == torch.float32 for z in result.latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_complex_signals(schedule: str, dtype: torch.dtype) -> None:
+    model = tiny(FFT2Complex(4, scales=[1, 4]), sigma=SIGMA).to(dtype)
+    x = signal(model.decomp, dtype=dtype)
+    result = MAPRefiner(3, schedule=schedule)(model, x)
+    assert result.reconstruction.dtype == x.dtype
+    error, before = ((r.reconstruction - x).abs().square().sum() for r in (result, MAPRefiner(0)(model, x)))
+    assert float(error.detach()) < float(before.detach())
+    assert not any(z.is_complex() for z in result.latents)
+
+
+# Callback and history.
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "problems"),
+    [
+        ("latent", 2, [(1, 2), (1, 2), (4, 2), (4, 2)]),
+        ("scale", [3, 1], [(1, 3), (4, 1)]),
+        ("scale", {4: 2, 1: 0}, [(1, 0), (4, 2)]),
+        ("joint", {1: 2, 4: 3}, [(4, 3)]),
+    ],
+)
+def test_callback_and_history(schedule: str, steps: Any, problems: list[tuple[int, int]]) -> None:
+    model, iterates = few(), list[Iterate]()
+    x = signal(model.decomp, 3)
+    result = MAPRefiner(steps, schedule=schedule)(model, x, callback=iterates.append)
+    expected = [(number, step, scale) for number, (scale, n) in enumerate(problems) for step in range(n)]
+    assert [(i.problem, i.step, max(i.scales)) for i in iterates] == expected
+    for i in iterates:
+        shapes = [(3, 1, s) for s in i.scales]
+        assert [tuple(z.shape) for z in i.latents] == shapes
+        assert i.nll.shape == i.data.shape == i.objective.shape == (3,)
+        assert not any(t.requires_grad for t in (*i.latents, i.nll, i.data))
+        torch.testing.assert_close(i.objective, i.nll + i.data)
+    history = result.history
+    assert isinstance(history, History)
+    assert history.problem == [i.problem for i in iterates]
+    assert history.scale == [max(i.scales) for i in iterates]
+    assert history.seconds == [i.seconds for i in iterates] == sorted(history.seconds)
+    for name in ("objective", "data", "nll"):
+        assert getattr(history, name) == pytest.approx([float(getattr(i, name).mean()) for i in iterates])
+    if schedule == "joint":
+        before = objective(model, iterates[0].latents, x)
+        torch.testing.assert_close(iterates[0].objective, before)
+        assert_equal(iterates[0].latents, model.encode(x).latents)
+
+
+def test_settings_by_scale_reach_their_scale() -> None:
+    model = few()
+    x = signal(model.decomp)
+    frozen = MAPRefiner(3, {1: 0.0, 4: 1e-2}, guidance=[2.0, 0.5], schedule="joint")(model, x)
+    start = model.encode(x)
+    assert_equal(frozen.latents[:2], start.latents[:2])
+    assert not torch.equal(frozen.latents[2], start.latents[2])
+    beta = {1: 2.0, 4: 0.5}
+    iterates: list[Iterate] = []
+    MAPRefiner(1, guidance=beta, schedule="joint")(model, x, callback=iterates.append)
+    torch.testing.assert_close(iterates[0].objective, objective(model, start.latents, x, beta=beta))
+
+
+# A user's own parts.
+
+
+class Langevin(Refiner):
+    """Unadjusted Langevin dynamics."""
+
+    def __init__(self, size: float, generator: torch.Generator, **options: Any) -> None:
+        super().__init__(**options)
+        self.size, self.generator = size, generator
+
+    @override
+    def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
+        count = 0 if state is None else state
+        gradients = problem.gradient(latents)
+        noise = [torch.randn(z.shape, dtype=z.dtype, generator=self.generator) for z in latents]
+        moves = zip(latents, gradients, noise, strict=True)
+        return [z - self.size * g + math.sqrt(2 * self.size) * e for z, g, e in moves], count + 1
+
+
+class Coarsest(Schedule):
+    """The coarsest subset alone, against the objective of the whole."""
+
+    @override
+    def problems(self, run: Run) -> Iterator[Problem]:
+        scales = run.model.subsets[0].scales
+        rest = run.start_latents[len(scales) :]
+        problem = Problem(
+            run.start_latents[: len(scales)],
+            scales,
+            run.model.scales,
+            run.steps[scales[-1]],
+            lambda z: run.objective.total(run.model.top_down([*z, *rest], run.batch)),
+        )
+        yield problem
+        run.latents = [*problem.latents, *rest]
+
+
+def test_own_refiner() -> None:
+    model = linear_gaussian(FFT1Real(2, channels=1, scales=[2]), layers=1)
+    algebra, x = ClosedForm(model), signal(model.decomp, 1).expand(2000, -1, -1)
+    draws: list[Iterate] = []
+    Langevin(0.02, seeded(), steps=400, schedule="joint")(model, x, callback=draws.append)
+    zs = flat(draws[-1].latents)
+    row = flat([x[:1]])[0]
+    precision = algebra.whitened(row).matrix.T @ algebra.whitened(row).matrix
+    np.testing.assert_allclose(zs.mean(0), algebra.joint(row), atol=0.1)
+    np.testing.assert_allclose(np.cov(zs.T), np.linalg.inv(precision), atol=0.1)
+
+
+def test_own_rule_and_schedule() -> None:
+    model = few()
+    x = signal(model.decomp)
+    iterates: list[Iterate] = []
+    result = MAPRefiner([4, 0], rule=Sabotage(0.25), schedule=Coarsest())(model, x, callback=iterates.append)
+    assert len(iterates) == 4
+    assert all(bool((z[0] == 0.25).all()) for z in iterates[-1].latents)
+    assert_equal(result.latents[2:], model.encode(x).latents[2:])
+    adam = MAPRefiner(3, schedule=Coarsest(), rule=Adam(betas=(0.5, 0.9), eps=1e-6))(model, x)
+    assert bool((objective(model, adam.latents, x) < objective(model, model.encode(x).latents, x)).all())
+
+
+def test_a_step_must_look_at_its_problem() -> None:
+    class Lazy(Refiner):
+        @override
+        def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
+            return latents, None
+
+    model = few()
+    with pytest.raises(RuntimeError, match=re.escape("must call problem.gradient at least once")):
+        Lazy(1)(model, signal(model.decomp))
+    with pytest.raises(TypeError, match="abstract"):
+        Refiner(1)  # type: ignore[abstract]
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": -1}, ValueError, "steps must be at least 0 and finite, got -1"),
+        ({"steps": 2.5}, TypeError, "steps must be integers, got 2.5"),
+        ({"steps": [3, 2.0]}, TypeError, "steps must be integers, got [3, 2.0]"),
+        ({"steps": {1: 2, 4: -3}}, ValueError, "steps must be at least 0 and finite, got -3"),
+        ({"steps": "many"}, TypeError, "steps must be a number"),
+        ({"steps": True}, TypeError, "steps must be a number, got True"),
+        ({"step_size": -0.1}, ValueError, "step_size must be at least 0 and finite, got -0.1"),
+        ({"step_size": math.nan}, ValueError, "step_size must be at least 0 and finite, got nan"),
+        ({"guidance": math.inf}, ValueError, "guidance must be at least 0 and finite, got inf"),
+        ({"guidance": None}, TypeError, "guidance must be a number, got None"),
+        ({"loss": "l3"}, ValueError, "loss must be 'l1', 'l2' or a callable, got 'l3'"),
+        ({"loss": 2}, TypeError, "loss must be 'l1', 'l2' or a callable, got 2"),
+        ({"schedule": "all"}, ValueError, "schedule must be one of"),
+        ({"schedule": Latent}, TypeError, "schedule must be a name or a Schedule"),
+        ({"rule": "sgd"}, ValueError, "rule must be one of"),
+        ({"rule": 0.1}, TypeError, "rule must be a name or a Rule, got 0.1"),
+        ({"init": "encoder"}, ValueError, "init must be 'posterior', 'prior' or a list of latents, got 'encoder'"),
+        ({"init": torch.zeros(3)}, TypeError, "init must be 'posterior', 'prior' or a list of latents, got Tensor"),
+        ({"speed": 1}, TypeError, "speed"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        MAPRefiner(**options)
+
+
+def test_unknown_names_come_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'joint'.*'latent'.*'scale'.*got 'all'"):
+        MAPRefiner(schedule="all")
+    with pytest.raises(ValueError, match=r"'adam'.*'gd'.*got 'sgd'"):
+        MAPRefiner(rule="sgd")
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+BAD_CALLS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any], type[Exception], str]] = {
+    "steps for other scales": (
+        {"steps": {1: 2}},
+        same,
+        ValueError,
+        "steps must have one entry for each scale [1, 4], got [1]",
+    ),
+    "guidance for too many": (
+        {"guidance": [1, 1, 1]},
+        same,
+        ValueError,
+        "guidance must have one entry for each of the 2 scales, got 3",
+    ),
+    "sizes for other scales": (
+        {"step_size": {2: 0.1, 4: 1}},
+        same,
+        ValueError,
+        "step_size must have one entry for each scale [1, 4], got [2, 4]",
+    ),
+    "NaN": ({}, lambda x: x * math.nan, ValueError, "x must be finite, got NaN or infinity"),
+    "infinity": ({}, lambda x: x / 0, ValueError, "x must be finite, got NaN or infinity"),
+    "shape": ({}, lambda x: x[..., :3], ValueError, "x must have shape (B, 3, 4), got (2, 3, 3)"),
+    "complex": ({}, lambda x: x + 1j, TypeError, "x must be real floating-point for FFT1Real"),
+    "integers": ({}, lambda x: x.long(), TypeError, "x must be real floating-point for FFT1Real"),
+    "no tensor": ({}, lambda x: x.numpy(), TypeError, "x must be a torch.Tensor, got ndarray"),
+    "no samples": ({}, lambda x: x[:0], ValueError, "x must hold at least one signal"),
+    "no latents": ({"init": []}, same, ValueError, "latents must hold 4 tensors"),
+    "too few latents": ({"init": [torch.zeros(2, 1, 1)]}, same, ValueError, "latents must hold 4 tensors"),
+    "latents of another shape": (
+        {"init": [torch.zeros(2, 1, 3)] * 4},
+        same,
+        ValueError,
+        "latents[0] must have shape (2, 1, 1), got (2, 1, 3)",
+    ),
+    "latents of another batch": (
+        {"init": [torch.zeros(3, 1, n) for n in (1, 1, 4, 4)]},
+        same,
+        ValueError,
+        "for 2 signals, got 4 for 3 signals",
+    ),
+    "latents of no kind": ({"init": ["z"] * 4}, same, TypeError, "latents[0] must be a real tensor or None, got str"),
+    "NaN latents": (
+        {"init": [torch.full((2, 1, n), math.nan) for n in (1, 1, 4, 4)]},
+        same,
+        ValueError,
+        "init must be finite",
+    ),
+    "loss of a wrong shape": (
+        {"loss": lambda a, b: (a - b).mean()},
+        same,
+        ValueError,
+        "loss must return one number for each sample, shape (2,), got ()",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "data", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls(
+    options: dict[str, Any], data: Callable[[Tensor], Any], error: type[Exception], message: str
+) -> None:
+    model = few()
+    model.train()
+    with pytest.raises(error, match=re.escape(message)):
+        MAPRefiner(**options)(model, data(signal(model.decomp)))
+    assert all(m.training for m in model.modules())
+
+
+def test_the_model_must_be_one() -> None:
+    with pytest.raises(TypeError, match="model must be an HVAE, got Linear"):
+        MAPRefiner()(torch.nn.Linear(1, 1), torch.zeros(1, 1))  # type: ignore[arg-type]
