@@ -83,7 +83,7 @@ def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path, help="unpacked archive cifar-10-batches-bin")
-    parser.add_argument("--seconds", type=float, default=40, help="CPU seconds of training on digits; 1.5 times that on CIFAR-10")
+    parser.add_argument("--seconds", type=float, default=30, help="CPU seconds of training on digits; 1.5 times that on CIFAR-10")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/defaults"))

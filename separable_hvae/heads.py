@@ -1,9 +1,9 @@
 r"""Heads: from the context at the end of a subset to the band that its scale emits.
 
-    h_s = u_s · head_s(ĥ),
+    h_s = m_s + u_s · head_s(ĥ),
 
-where u_s is the standard deviation of band s over the training data (the model multiplies by it), so
-that every head predicts numbers of order one although natural spectra span orders of magnitude.
+where m_s and u_s are the mean and the deviation of band s over the training data (the subset applies
+them), so that every head predicts numbers of order one.
 """
 
 import math
@@ -48,7 +48,7 @@ class ScaleHead(nn.Module, ABC):
     @override
     @abstractmethod
     def forward(self, context: Tensor) -> Tensor:
-        """Return the band ``(B, *band_shape)`` in units of its standard deviation."""
+        """Return the standardised band ``(B, *band_shape)``."""
 
 
 class GridHead(ScaleHead):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.blocks import Encoder
+from separable_hvae.calibration import BandMoments, units
 from separable_hvae.decomposition import Decomposition, full_precision, pack
 from separable_hvae.heads import HEADS, ScaleHead
 from separable_hvae.subset import Evidence, Subset, SubsetPass
@@ -263,7 +264,7 @@ class HVAE(nn.Module):
 
     def evidence(self, index: int, seen: Observation, target: Tensor) -> Evidence:
         """What the posteriors of subset ``index`` see."""
-        return self.subsets[index].evidence(seen.activations, target.to(self.start.dtype))
+        return self.subsets[index].evidence(seen.activations, target)
 
     def top_down(
         self,
@@ -341,7 +342,7 @@ class HVAE(nn.Module):
         _require_temperature(temperature)
         seen = self.observe(x)
         if self.training:
-            self._observe_units(seen)
+            self._observe_bands(seen)
         passes = self.top_down([None] * self.depth, len(x), seen, temperature=temperature, generator=generator)
         return self.result(passes, x.dtype, seen.x)
 
@@ -399,38 +400,43 @@ class HVAE(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, data: Tensor | Iterable[Tensor]) -> None:
-        """Set each band's unit to its standard deviation over ``data``, signals or batches of them."""
-        batches = data.split(256) if isinstance(data, Tensor) else data
-        moments = [_Moments() for _ in self.subsets]
-        for batch in batches:
+        """Standardise bands by their mean and deviation over ``data``, signals or batches of them."""
+        moments: list[BandMoments] = []
+        for batch in data.split(256) if isinstance(data, Tensor) else data:
             x = self.decomp.check_signal(batch, "data").to(self.start.device)
             if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
                 raise ValueError("data must be finite, got NaN or infinity")
-            with full_precision(x.device):
-                for moment, band in zip(moments, self.decomp.analysis(x), strict=True):
-                    moment.add(band)
-        if not moments[0].count:
+            if len(x):
+                with full_precision(x.device):
+                    here = [BandMoments.of(band) for band in self.decomp.analysis(x)]
+                moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
+        if not moments:
             raise ValueError("data must hold at least one signal")
-        for subset, deviation in zip(self.subsets, _deviations(moments), strict=True):
-            subset.unit.fill_(deviation)
+        self._standardise(moments)
         self.calibrated.fill_(_WARM_UP_BATCHES)
 
     @torch.no_grad()
-    def _observe_units(self, seen: Observation) -> None:
-        """Until calibrated, follow the bands' deviations over the first training batches."""
-        if (count := int(self.calibrated)) >= _WARM_UP_BATCHES:
+    def _observe_bands(self, seen: Observation) -> None:
+        """Until calibrated, follow the bands' moments over the first training batches."""
+        if (batches := int(self.calibrated)) >= _WARM_UP_BATCHES:
             return
-        bands = seen.targets if seen.targets is not None else self.decomp.analysis(seen.x)
-        moments = [_Moments() for _ in bands]
-        for moment, band in zip(moments, bands, strict=True):
-            moment.add(band)
-        for subset, deviation in zip(self.subsets, _deviations(moments), strict=True):
-            variance = (count * float(subset.unit) ** 2 + deviation**2) / (count + 1)
-            # A new tensor: an earlier pass may still need the old one for its gradients, and a later one
-            # could not use a tensor made in inference mode.
+        with full_precision(seen.x.device):
+            bands = seen.targets if seen.targets is not None else self.decomp.analysis(seen.x)
+        moments = [BandMoments.of(band) for band in bands]
+        if batches:
+            past = [(subset.centre.double(), float(subset.unit)) for subset in self.subsets]
+            before = [BandMoments(batches * len(seen.x), m, u**2 + float(m.square().mean())) for m, u in past]
+            moments = [a + b for a, b in zip(before, moments, strict=True)]
+        self._standardise(moments)
+        self.calibrated.fill_(batches + 1)
+
+    def _standardise(self, moments: Sequence[BandMoments]) -> None:
+        for subset, moment, unit in zip(self.subsets, moments, units(moments), strict=True):
+            # New tensors: an earlier pass may still need the old ones for its gradients, and a later one
+            # could not use tensors made in inference mode.
             with torch.inference_mode(False):
-                subset.unit = torch.full_like(subset.unit, math.sqrt(variance))
-        self.calibrated.fill_(count + 1)
+                subset.centre = moment.mean.to(subset.centre, copy=True)
+                subset.unit = torch.full_like(subset.unit, unit)
 
     def check_latents(self, latents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return one entry for each layer, see :meth:`decode` for what is allowed."""
@@ -468,29 +474,6 @@ class HVAE(nn.Module):
         if not self.decomp.is_complex:
             return real
         return torch.complex128 if real == torch.float64 else torch.complex64
-
-
-class _Moments:
-    """Running mean and variance over every entry of a band."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self.squares = 0, 0.0, 0.0
-
-    def add(self, band: Tensor) -> None:
-        self.count += band.numel()
-        self.total += float(band.double().sum())
-        self.squares += float(band.double().square().sum())
-
-    def deviation(self) -> float:
-        mean = self.total / self.count
-        deviation = math.sqrt(max(self.squares / self.count - mean**2, 0.0))
-        return deviation if deviation > 1e-7 * abs(mean) else 0.0
-
-
-def _deviations(moments: Sequence[_Moments]) -> list[float]:
-    """The deviation of each band; one for a band that varies by rounding alone."""
-    rounding = 1e-6 * math.sqrt(sum(m.squares for m in moments) / sum(m.count for m in moments))
-    return [d if (d := moment.deviation()) > rounding else 1.0 for moment in moments]
 
 
 def _head_class(head: str | type[ScaleHead]) -> Callable[..., ScaleHead]:

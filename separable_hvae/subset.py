@@ -1,6 +1,6 @@
 r"""A subset: the stochastic layers that end in one band, with the head that emits it.
 
-    Z_h = (z_{l+1}, …, z_{l+M}),        h_s = u_s · head_s(ĥ_{l+M})
+    Z_h = (z_{l+1}, …, z_{l+M}),        h_s = m_s + u_s · head_s(ĥ_{l+M})
 
 The layers of scales that emit no band belong to the subset of the next band. A subset reads nothing
 but the context that flows into it (and, for posteriors, its evidence), so a latent's gradient through
@@ -85,6 +85,7 @@ class Subset(nn.Module):
         gain: ``1/√L``.
     """
 
+    centre: Tensor
     unit: Tensor
     layers: Sequence[StochasticLayer]
 
@@ -108,13 +109,14 @@ class Subset(nn.Module):
         self.layers = cast(Sequence[StochasticLayer], nn.ModuleList(stack))
         self.head = head(decomp, self.scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
         self.band_input = BandInput(decomp, self.scale, width, bottleneck) if band_input else None
+        self.register_buffer("centre", torch.zeros(decomp.band_shapes[self.scale]))
         self.register_buffer("unit", torch.ones(()))
 
     def evidence(self, activations: dict[int, Tensor], target: Tensor) -> list[Tensor]:
         """Join the encoder's activations and the target band, for each layer."""
         seen = dict(activations)
         if self.band_input is not None:
-            seen[self.scale] = seen[self.scale] + self.band_input(target / self.unit)
+            seen[self.scale] = seen[self.scale] + self.band_input((target - self.centre) / self.unit)
         return [seen[s] for s in self.scales]
 
     @override
@@ -149,5 +151,5 @@ class Subset(nn.Module):
             priors.append(step.prior)
             posteriors.append(step.posterior)
         band = self.head(context)
-        band = (band.float() if band.itemsize < 4 else band) * self.unit
+        band = self.centre + self.unit * (band.float() if band.itemsize < 4 else band)
         return SubsetPass(context, band, zs, priors, posteriors, contexts)

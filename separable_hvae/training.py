@@ -122,6 +122,8 @@ def fit(
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError('fit needs the extra "train": pip install "separable-hvae[train]"') from error
+    if not isinstance(model, HVAE):
+        raise TypeError(f"model must be an HVAE, got {type(model).__name__}")
     _check_options(steps, time_budget, batch_size, learning_rate, warmup, kl_warmup, ema, clip, skip, every)
     accelerator = accelerator or Accelerator()
     device = accelerator.device
@@ -129,7 +131,10 @@ def fit(
     batches = _Batches(model, data, batch_size, seed, workers, accelerator.process_index, accelerator.num_processes)
     if not int(model.calibrated):
         model.calibrate(batches.some(4096))
+    if heldout is not None:
+        _check_finite("heldout", model.decomp.check_signal(heldout, "heldout"))
     model.train()
+    model.zero_grad()
     optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=learning_rate)
     averaged = AveragedModel(model, multi_avg_fn=_ema_update(ema))
     state = _State(model, averaged, optimizer, settings={"seed": seed, "batch_size": batch_size, **batches.fingerprint})
@@ -263,6 +268,11 @@ def evaluate(model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0)
     }
 
 
+def _check_finite(name: str, x: Tensor) -> None:
+    if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
 def _squares(a: Tensor, b: Tensor) -> Tensor:
     return (pack(a) - pack(b)).square().flatten(1).mean(1).sum()
 
@@ -274,22 +284,25 @@ class _Batches:
         self, model: HVAE, data: "Tensor | Dataset[Tensor]", batch_size: int, seed: int, workers: int, rank: int, world: int
     ) -> None:
         self.data, self.batch, self.seed, self.workers = data, batch_size, seed, workers
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.decomp = rank, world, model.decomp
         self.count = len(data)  # type: ignore[arg-type]
         if not self.count:
             raise ValueError("data must hold at least one signal")
         if isinstance(data, Tensor):
             self.data = model.decomp.check_signal(data, "data").to(model.start.device)
-            if not bool(torch.isfinite(torch.view_as_real(self.data) if data.is_complex() else self.data).all()):
-                raise ValueError("data must be finite, got NaN or infinity")
-        probe = self.some(min(64, self.count)).double().abs()
+            _check_finite("data", self.data)
+        probe = pack(self.some(min(64, self.count))).double().abs()
         self.fingerprint = {"count": self.count, "probe": float(f"{float(probe.sum()):.10g}")}
 
     def some(self, n: int) -> Tensor:
         """The first signals, at most ``n``."""
         if isinstance(self.data, Tensor):
             return self.data[:n]
-        return torch.stack([self.data[i] for i in range(min(n, self.count))])
+        items = [self.data[i] for i in range(min(n, self.count))]
+        for item in items:
+            if not isinstance(item, Tensor):
+                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {type(item).__name__}")
+        return self.decomp.check_signal(torch.stack(items), "data")
 
     def _indices(self, first: int) -> Iterator[list[int]]:
         stride = self.batch * self.world
@@ -307,8 +320,13 @@ class _Batches:
             for index in self._indices(step):
                 yield self.data[torch.tensor(index, device=self.data.device)]
         else:
-            sampler = cast(Any, _Forward(self._indices(step)))
-            yield from DataLoader(self.data, batch_sampler=sampler, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+            yield from DataLoader(
+                self.data,
+                batch_sampler=cast(Any, _Forward(self._indices(step))),
+                num_workers=self.workers,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator().manual_seed(_mix(self.seed, step, 2 << 20)),
+            )
 
 
 @dataclass
@@ -372,6 +390,7 @@ class _State:
             counters, settings = json.loads(metadata["counters"]), json.loads(metadata["settings"])
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no checkpoint of a training run: {error}") from error
+        self._require_same_model(path, tensors)
         if settings != self.settings:
             changed = {k: (settings.get(k), v) for k, v in self.settings.items() if settings.get(k) != v}
             raise ValueError(f"{path} belongs to a run with other settings or data (there, here): {changed}")
@@ -379,11 +398,8 @@ class _State:
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
 
-        try:
-            self.model.load_state_dict(part("model."))
-            self.averaged.load_state_dict(part("average."))
-        except RuntimeError as error:
-            raise ValueError(f"{path} belongs to another model: {error}") from error
+        self.model.load_state_dict(part("model."))
+        self.averaged.load_state_dict(part("average."))
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in part("optimizer.").items():
             i, name = key.split(".")
@@ -391,6 +407,18 @@ class _State:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         for name, value in counters.items():
             setattr(self, name, value)
+
+    def _require_same_model(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        # Looked at before anything is loaded, so that a model stays as it was if it is refused.
+        here = {f"model.{k}": tuple(v.shape) for k, v in self.model.state_dict().items()}
+        there = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith("model.")}
+        differing = [k for k in here | there if here.get(k) != there.get(k)]
+        if differing:
+            k = differing[0]
+            raise ValueError(
+                f"{path} belongs to another model: {len(differing)} parameters or buffers differ, the first is "
+                f"{k.removeprefix('model.')} with shape {there.get(k)} there and {here.get(k)} here"
+            )
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -436,6 +464,9 @@ def _check_options(
     for name, value in {**positive, "clip": clip, "skip": skip, "every": every}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    for name, value in {"steps": steps, "batch_size": batch_size, "every": every}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
     for name, value in {"warmup": warmup, "kl_warmup": kl_warmup, "ema": ema}.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")

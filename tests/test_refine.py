@@ -97,7 +97,7 @@ class ConjugateGradient(Rule):
         direction = residual if state is None else residual + norm / state[1].clamp_min(1e-100) * state[0]
         unit = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-100)
         curvature = (unit * (rows(problem.gradient(move(unit))) + residual)).sum(1, keepdim=True)
-        return move((unit * residual).sum(1, keepdim=True) / curvature * unit), (direction, norm)
+        return move((unit * residual).sum(1, keepdim=True) / curvature.clamp_min(1e-30) * unit), (direction, norm)
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES, "own prior"])
@@ -113,7 +113,7 @@ def test_lands_on_the_closed_form(make: Make, schedule: str) -> None:
         "joint": algebra.joint,
     }
     refiner = MAPRefiner(
-        algebra.numel if schedule == "joint" else 16,
+        {"joint": algebra.numel, "scale": 60}.get(schedule, 16),
         guidance=guidance,
         schedule=Latent(own_prior=True) if schedule == "own prior" else schedule,
         rule=ConjugateGradient(),
@@ -323,32 +323,41 @@ class Sabotage(Rule):
         return moved, None
 
 
-WILD = [(1e-6, 1.0), (1e-3, 1e6), (0.1, 0.0), (0.5, 1.0), (10.0, 1e3), (1e3, 1e6), (1e3, 0.0)]
+WILD = [(1e-6, 1.0), (1e-3, 1e6), (0.5, 0.0), (10.0, 1.0), (1e3, 1e6)]
 
 
-@pytest.mark.parametrize("rule", ["gd", "adam"])
+STARTS: dict[str, Callable[[], HVAE]] = {
+    "fft": few,
+    "float32": lambda: few().float(),
+    "frame": lambda: tiny(Pyramid((4,), 1, [1, 4]), sigma=SIGMA).double(),
+}
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(
-    "make", [few, lambda: tiny(Pyramid((4,), 1, [1, 4]), sigma=SIGMA).double()], ids=["fft", "frame"]
-)
-def test_never_worse_than_the_start(make: Callable[[], HVAE], schedule: str, rule: str) -> None:
+@pytest.mark.parametrize("make", STARTS.values(), ids=STARTS)
+def test_never_worse_than_the_start(make: Callable[[], HVAE], schedule: str) -> None:
     model = make()
-    x = signal(model.decomp, 3) * torch.tensor([1.0, 0.1, 50.0], dtype=torch.float64)[:, None, None]
+    dtype = model.start.dtype
+    # In single precision the objectives measured here carry rounding of their own.
+    slack = 1e-5 if dtype == torch.float64 else 2e-5
+    x = signal(model.decomp, 3, dtype) * torch.tensor([1.0, 0.1, 50.0], dtype=dtype)[:, None, None]
     given = model.encode(x, temperature=2.0, generator=seeded()).latents
     inits: list[Any] = ["posterior", "prior", given]
     refused = 0
-    for (size, beta), init, sample, loss in product(WILD, inits, [True, False], ["l1", "l2"]):
-        options: dict[str, Any] = {"guidance": beta, "loss": loss, "init": init, "sample": sample}
+    for n, ((size, beta), init) in enumerate(product(WILD, inits)):
+        loss = ("l1", "l2")[n // 2 % 2]
+        options: dict[str, Any] = {"guidance": beta, "loss": loss, "init": init, "sample": n % 2 == 0}
         start = MAPRefiner(0, **options)(model, x, seeded(1))
-        result = MAPRefiner(3, size, schedule=schedule, rule=rule, **options)(model, x, seeded(1))
         before = objective(model, start.latents, x, loss=loss, beta=beta)
-        after = objective(model, result.latents, x, loss=loss, beta=beta)
-        assert bool((after <= before + 1e-5 * (1 + before.abs())).all()), options
-        assert result.refused is not None
-        for old, new in zip(start.latents, result.latents, strict=True):
-            assert torch.equal(old[result.refused], new[result.refused])
-        assert_equal([model.decode(result.latents).reconstruction], [result.reconstruction])
-        refused += int(result.refused.sum())
+        for rule in ("gd", "adam"):
+            result = MAPRefiner(2, size, schedule=schedule, rule=rule, **options)(model, x, seeded(1))
+            after = objective(model, result.latents, x, loss=loss, beta=beta)
+            assert bool((after <= before + slack * (1 + before.abs())).all()), (rule, size, options)
+            assert result.refused is not None
+            for old, new in zip(start.latents, result.latents, strict=True):
+                assert torch.equal(old[result.refused], new[result.refused])
+            assert_equal([model.decode(result.latents).reconstruction], [result.reconstruction])
+            refused += int(result.refused.sum())
     assert refused > 0
 
 
@@ -470,6 +479,10 @@ def test_samples_are_independent(schedule: str, rule: str) -> None:
         assert bool(alone.refused) == bool(together.refused[i])
 
 
+def fail(_: Iterate) -> None:
+    raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("around", [nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
 def test_works_in_any_mode_and_leaves_everything_as_it_was(
@@ -498,7 +511,7 @@ def test_works_in_any_mode_and_leaves_everything_as_it_was(
             tensors = [result.reconstruction, result.nll, *result.bands, *result.latents]
             assert not any(t.requires_grad or t.is_inference() for t in tensors)
         with pytest.raises(ZeroDivisionError):
-            MAPRefiner(2)(model, x, callback=lambda _: print(1 / 0))  # noqa: T201
+            MAPRefiner(2)(model, x, callback=fail)
         start = model.eval().encode(x).latents
         model.train(training)
         model.subsets[1].eval()
@@ -559,7 +572,7 @@ def test_complex_signals(schedule: str, dtype: torch.dtype) -> None:
         ("latent", 2, [(1, 2), (1, 2), (4, 2), (4, 2)]),
         ("scale", [3, 1], [(1, 3), (4, 1)]),
         ("scale", {4: 2, 1: 0}, [(1, 0), (4, 2)]),
-        ("joint", {1: 2, 4: 3}, [(4, 3)]),
+        ("joint", {1: 3, 4: 3}, [(4, 3)]),
     ],
 )
 def test_callback_and_history(schedule: str, steps: Any, problems: list[tuple[int, int]]) -> None:
@@ -736,9 +749,15 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any], type[Excepti
         ValueError,
         "step_size must have one entry for each scale [1, 4], got [2, 4]",
     ),
+    "steps for joint": (
+        {"steps": [2, 3], "schedule": "joint"},
+        same,
+        ValueError,
+        "steps must be one number, got {1: 2, 4: 3}",
+    ),
     "NaN": ({}, lambda x: x * math.nan, ValueError, "x must be finite, got NaN or infinity"),
     "infinity": ({}, lambda x: x / 0, ValueError, "x must be finite, got NaN or infinity"),
-    "shape": ({}, lambda x: x[..., :3], ValueError, "x must have shape (B, 3, 4), got (2, 3, 3)"),
+    "shape": ({}, lambda x: x[..., :3], ValueError, "x must have shape (B, 1, 4), got (2, 1, 3)"),
     "complex": ({}, lambda x: x + 1j, TypeError, "x must be real floating-point for FFT1Real"),
     "integers": ({}, lambda x: x.long(), TypeError, "x must be real floating-point for FFT1Real"),
     "no tensor": ({}, lambda x: x.numpy(), TypeError, "x must be a torch.Tensor, got ndarray"),

@@ -106,10 +106,16 @@ class Latent(Schedule):
 
 
 class Joint(Schedule):
-    """Every latent at once, one backward pass through the whole decoder."""
+    """Every latent at once, one backward pass through the whole decoder.
+
+    It takes one number of steps: a ``ValueError`` says so where they differ by scale.
+    """
 
     @override
     def problems(self, run: Run) -> Iterator[Problem]:
+        if len(set(run.steps.values())) > 1:
+            raise ValueError(f"schedule 'joint' moves every latent in each step: steps must be one number, got {run.steps}")
+
         def objective(z: list[Tensor]) -> Terms:
             return run.objective.total(run.model.top_down(z, run.batch))
 

@@ -1,0 +1,53 @@
+r"""Standardised bands.
+
+    h_s = m_s + u_s · head_s(ĥ),        m_s = mean of band s,  u_s² = mean of (h_s − m_s)²
+
+over the training data: m_s for each coefficient, u_s one number for the band. Natural spectra span
+orders of magnitude and have a mean far from zero; networks see and predict numbers of order one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class BandMoments:
+    """Running moments of one band.
+
+    Attributes:
+        count: Signals seen.
+        mean: Mean of each coefficient, float64 ``band_shape``.
+        square: Mean square over all coefficients.
+    """
+
+    count: int
+    mean: Tensor
+    square: float
+
+    @classmethod
+    def of(cls, band: Tensor) -> "BandMoments":
+        """Moments of a batch of bands ``(B, *band_shape)``."""
+        band = band.detach().double()
+        return cls(len(band), band.mean(0), float(band.square().mean()))
+
+    def __add__(self, other: "BandMoments") -> "BandMoments":
+        count = self.count + other.count
+        share = other.count / count
+        return BandMoments(count, torch.lerp(self.mean, other.mean, share), self.square + share * (other.square - self.square))
+
+    @property
+    def deviation(self) -> float:
+        """Root mean square of ``h − m``; exactly 0 where only rounding is left of it."""
+        centre = float(self.mean.square().mean())
+        return math.sqrt(max(self.square - centre, 0.0)) if self.square - centre > 1e-14 * centre else 0.0
+
+
+def units(moments: Sequence[BandMoments]) -> list[float]:
+    """The unit of each band; one for a band that does not vary, against all bands together."""
+    entries = sum(m.mean.numel() for m in moments)
+    rounding = 1e-6 * math.sqrt(sum(m.square * m.mean.numel() for m in moments) / entries)
+    return [m.deviation if m.deviation > rounding else 1.0 for m in moments]

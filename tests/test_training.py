@@ -1,0 +1,522 @@
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from separable_hvae import HVAE, FFT1Complex, FFT1Real, FitReport, Identity, Result, evaluate, fit
+from separable_hvae.decomposition import pack
+from tests.test_hvae import layer_passes, seeded, tiny
+from tests.zoo import signal
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def fresh(seed: int = 0, **options: Any) -> HVAE:
+    return tiny(FFT1Real(4, scales=[1, 4]), perturbed=False, layers=1, seed=seed, **options)
+
+
+def waves(n: int = 40, seed: int = 0) -> Tensor:
+    """Signals with something to learn: one shape at random heights, and a little noise."""
+    height, noise = torch.randn(n, 1, 1, generator=seeded(seed)), torch.randn(n, 1, 4, generator=seeded(seed + 1))
+    return 0.5 * height * torch.tensor([1.0, -1.0, 2.0, 0.5]) + 0.05 * noise
+
+
+def train(model: HVAE, data: Any = None, **options: Any) -> FitReport:
+    settings: dict[str, Any] = {"steps": 8, "batch_size": 8, "every": 1, "progress": False}
+    return fit(model, waves() if data is None else data, **(settings | options))
+
+
+def weights(model: HVAE) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Interrupt:
+    """An augmentation that presses Ctrl-C at some batch."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.count = at, 0
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+        return x
+
+
+class Waves(Dataset[Tensor]):
+    def __init__(self, signals: Tensor) -> None:
+        self.signals = signals
+
+    @override
+    def __getitem__(self, index: int) -> Tensor:
+        return self.signals[index]
+
+    def __len__(self) -> int:
+        return len(self.signals)
+
+
+# Learning.
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_the_loss_falls(as_dataset: bool) -> None:
+    model = fresh()
+    before = evaluate(model, waves())["loss"]
+    report = train(model, Waves(waves()) if as_dataset else waves(), steps=80, learning_rate=1e-2)
+    losses = [r["loss"] for r in report.records]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.2
+    assert evaluate(model, waves())["loss"] < before - 0.2
+    assert not model.training
+    assert not report.interrupted
+    assert report.steps == 80
+    assert report.seconds > 0
+
+
+def test_complex_data() -> None:
+    model = tiny(FFT1Complex(4), perturbed=False, layers=1)
+    data = torch.complex(waves(), 0.5 * waves())
+    report = train(model, data, steps=60, learning_rate=1e-2)
+    assert np.mean([r["loss"] for r in report.records[-10:]]) < np.mean([r["loss"] for r in report.records[:10]])
+    assert model.encode(data).reconstruction.is_complex()
+
+
+def test_a_dataset_gives_the_same_run_as_its_tensor() -> None:
+    models = fresh(), fresh()
+    train(models[0], waves())
+    train(models[1], Waves(waves()))
+    assert same(weights(models[0]), weights(models[1]))
+
+
+def test_records() -> None:
+    report = train(fresh(), steps=6, every=2, learning_rate=0.1, warmup=0.5)
+    assert [r["step"] for r in report.records] == [2, 4, 6]
+    for r in report.records:
+        assert set(r) == {
+            *("step", "loss", "data", "kl", "grad_norm", "learning_rate", "signals_per_second", "skipped")
+        }
+        assert len(r["kl"]) == 2
+        assert r["loss"] == pytest.approx(r["data"] + sum(r["kl"]) / 4, rel=1e-5)
+        assert r["signals_per_second"] > 0
+        assert r["skipped"] == 0
+    # Step k is done at progress (k − 1) / 6: risen to the half, fallen along the cosine.
+    expected = [0.1 * min(1, p / 0.5) * 0.5 * (1 + math.cos(math.pi * p)) for p in (1 / 6, 3 / 6, 5 / 6)]
+    assert [r["learning_rate"] for r in report.records] == pytest.approx(expected)
+
+
+def test_the_first_record_is_the_models_own_loss() -> None:
+    model = fresh()
+    model.calibrate(waves())
+    expected = model.train()(waves(), seeded())
+    seen: list[Tensor] = []
+
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(x)
+        generator.manual_seed(0)
+        return waves()
+
+    report = train(model, steps=1, augment=augment)
+    assert report.records[0]["loss"] == pytest.approx(float(-expected.elbo.detach().mean()) / 4, rel=1e-5)
+    assert report.records[0]["kl"] == pytest.approx(expected.kl.detach().mean(0).tolist(), rel=1e-4)
+    assert seen[0].shape == (8, 1, 4)
+    assert all(any(torch.equal(row, signal) for signal in waves()) for row in seen[0])
+
+
+def test_each_epoch_sees_each_signal_once() -> None:
+    seen: list[Tensor] = []
+
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(x)
+        return x
+
+    train(fresh(), steps=10, augment=augment)
+    epochs = torch.cat(seen[:5]), torch.cat(seen[5:])
+    for epoch in epochs:
+        assert sorted(epoch.flatten().tolist()) == sorted(waves().flatten().tolist())
+    assert not torch.equal(*epochs)
+
+
+def test_bands_are_calibrated_on_the_data() -> None:
+    model, reference = fresh(), fresh()
+    reference.calibrate(waves())
+    train(model, steps=1)
+    assert [float(s.unit) for s in model.subsets] == pytest.approx([float(s.unit) for s in reference.subsets])
+    assert float(model.subsets[0].unit) != 1.0
+
+
+def test_warm_up_of_the_kl() -> None:
+    full, none = fresh(), fresh()
+    # At the very first step the weight is zero, so the priors get no gradient.
+    reports = train(full, steps=1), train(none, steps=1, kl_warmup=0.5)
+    assert reports[0].records[0]["loss"] == reports[1].records[0]["loss"]
+    assert reports[0].records[0]["grad_norm"] != reports[1].records[0]["grad_norm"]
+    for k in [k for k in weights(none) if k.endswith("prior.leave.bias")]:
+        # The last convolution feeds the context too: only its first two rows are the prior's.
+        assert not weights(none)[k][:2].any()
+        assert weights(full)[k][:2].any()
+        assert weights(none)[k][2:].any()
+
+
+# Averaged weights, determinism, resuming.
+
+
+def test_the_averaged_weights_end_up_in_the_model(tmp_path: Path) -> None:
+    model, plain = fresh(), fresh()
+    train(model, checkpoint=tmp_path, learning_rate=0.05)
+    train(plain, ema=0, learning_rate=0.05)
+    stored = load_file(tmp_path / "checkpoint.safetensors")
+    parts = {
+        name: {k.removeprefix(name): v for k, v in stored.items() if k.startswith(name)}
+        for name in ("model.", "average.module.")
+    }
+    assert same(parts["average.module."], weights(model))
+    assert same(parts["model."], weights(plain))
+    assert not same(weights(model), weights(plain))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_runs_repeat_by_their_seed() -> None:
+    state = torch.get_rng_state()
+    runs = []
+    for seed, data in ((0, waves()), (0, Waves(waves())), (1, waves())):
+        runs.append(model := fresh())
+        torch.manual_seed(len(runs))
+        before = torch.get_rng_state()
+        train(model, data, seed=seed)
+        assert torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(state)
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert not same(weights(runs[0]), weights(runs[2]))
+
+
+@pytest.mark.parametrize("stops", [[1], [4], [3, 3]])
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_resuming_is_bit_identical(tmp_path: Path, as_dataset: bool, stops: list[int]) -> None:
+    data = Waves(waves()) if as_dataset else waves()
+    whole, parts = fresh(), fresh()
+    straight = train(whole, data, steps=9, log=tmp_path / "whole.jsonl")
+    records = []
+    for stop in stops:
+        report = train(parts, data, steps=9, checkpoint=tmp_path / "run", augment=Interrupt(stop))
+        assert report.interrupted
+        records += report.records
+        # What lies around in the model or its gradients must not matter.
+        parts = fresh(seed=7)
+        parts.loss(waves()).backward()
+    report = train(parts, data, steps=9, checkpoint=tmp_path / "run")
+    records += report.records
+    assert same(weights(whole), weights(parts))
+    assert report.steps == 9
+    assert [r["loss"] for r in records] == [r["loss"] for r in straight.records]
+    again = train(parts, data, steps=9, checkpoint=tmp_path / "run")
+    assert again.records == []
+    assert same(weights(whole), weights(parts))
+
+
+def test_interrupting_leaves_a_usable_model_and_checkpoint(tmp_path: Path) -> None:
+    model = fresh()
+    report = train(model, checkpoint=tmp_path, augment=Interrupt(5))
+    assert report.interrupted
+    assert report.steps == 4
+    assert not model.training
+    assert math.isfinite(evaluate(model, waves())["loss"])
+    four = fresh()
+    # The learning rate follows progress, so the same four steps belong to a run of eight.
+    train(four, augment=Interrupt(5))
+    assert same(weights(model), weights(four))
+    assert (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_checkpoints_are_written_along_the_way(tmp_path: Path) -> None:
+    path, seen = tmp_path / "deep" / "run", []
+
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append((path / "checkpoint.safetensors").exists())
+        return x
+
+    train(fresh(), checkpoint=path, checkpoint_every=1e-9, augment=augment, steps=3)
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"model": lambda: fresh(width=8)}, "belongs to another model: .* start with shape"),
+        ({"model": lambda: tiny(FFT1Real(4, scales=[1, 2, 4]), layers=1)}, "belongs to another model"),
+        ({"data": lambda: waves(seed=5)}, "belongs to a run with other settings or data .*probe"),
+        ({"data": lambda: waves(39)}, r"belongs to a run with other settings or data .*'count': \(40, 39\)"),
+        ({"batch_size": 4}, r"belongs to a run with other settings or data .*'batch_size': \(8, 4\)"),
+        ({"seed": 3}, r"belongs to a run with other settings or data .*'seed': \(0, 3\)"),
+    ],
+    ids=["width", "scales", "data", "count", "batch size", "seed"],
+)
+def test_a_foreign_checkpoint_is_refused(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    train(fresh(), checkpoint=tmp_path, steps=2)
+    made = {k: v() if callable(v) else v for k, v in other.items()}
+    model = made.pop("model", None) or fresh(seed=3)
+    model.calibrate(waves())
+    before = weights(model)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "checkpoint.safetensors")) + " " + message):
+        train(model, made.pop("data", None), checkpoint=tmp_path, steps=2, **made)
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    train(fresh(), checkpoint=tmp_path, steps=2)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if kept < 1 else int(kept)])
+    with pytest.raises(ValueError, match=re.escape(str(path)) + " is no checkpoint of a training run"):
+        train(fresh(), checkpoint=tmp_path, steps=2)
+
+
+def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
+    save_file(fresh().state_dict(), tmp_path / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match="is no checkpoint of a training run"):
+        train(fresh(), checkpoint=tmp_path, steps=2)
+
+
+class Clock:
+    """A clock that each batch moves by one second."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        self.now += 1.0
+        return x
+
+
+def test_time_budget(tmp_path: Path) -> None:
+    clock = Clock()
+    report = train(fresh(), steps=None, time_budget=4.5, augment=clock.augment, clock=clock, warmup=0.5)
+    assert report.steps == 5
+    assert report.seconds == pytest.approx(5.0, abs=0.01)
+    rates = [r["learning_rate"] / 2e-3 for r in report.records]
+    done = [i / 4.5 for i in range(5)]
+    assert rates == pytest.approx([min(1, d / 0.5) * 0.5 * (1 + math.cos(math.pi * d)) for d in done], abs=1e-3)
+    assert train(fresh(), steps=3, time_budget=4.5, augment=clock.augment, clock=clock).steps == 3
+
+    # Time before an interruption counts, time between runs does not.
+    model, clock, interrupt = fresh(), Clock(), Interrupt(3)
+
+    def both(x: Tensor, generator: torch.Generator) -> Tensor:
+        return interrupt(clock.augment(x, generator), generator)
+
+    options: dict[str, Any] = {"steps": None, "time_budget": 4.5, "clock": clock, "checkpoint": tmp_path}
+    assert train(model, augment=both, **options).steps == 2
+    clock.now += 1e6
+    report = train(model, augment=clock.augment, **options)
+    assert report.steps == 4
+    assert report.seconds == pytest.approx(5.0, abs=0.01)
+
+
+# Wild gradients.
+
+
+def test_spikes_are_skipped_but_never_for_long() -> None:
+    model, states, count = fresh(), list[dict[str, Tensor]](), 0
+
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        nonlocal count
+        count += 1
+        if count in (105, 106):
+            states.append(weights(model))
+        return x * (1e3 if count == 105 or count >= 110 else 1.0)
+
+    report = train(model, steps=122, augment=augment)
+    total = [0, *(r["skipped"] for r in report.records)]
+    skipped = [b - a for a, b in pairwise(total)]
+    assert not any(skipped[:104])
+    assert skipped[104:109] == [1, 0, 0, 0, 0]
+    assert same(*states)
+    assert skipped[109:113] == [1, 1, 1, 0]
+    assert "1111" not in "".join(map(str, skipped))
+    assert report.steps == 122
+
+
+def test_a_gradient_that_stays_infinite_ends_the_run() -> None:
+    model = fresh()
+    with pytest.raises(FloatingPointError, match="not finite 4 times in a row, at step 5"):
+        train(model, augment=Blow(after=2))
+    # A few of them pass.
+    report = train(fresh(), augment=Blow(after=2, until=5))
+    assert report.records[-1]["skipped"] == 3
+    assert math.isfinite(report.records[-1]["loss"])
+
+
+class Blow:
+    """Make signals whose loss overflows."""
+
+    def __init__(self, after: int, until: float = math.inf) -> None:
+        self.after, self.until, self.count = after, until, 0
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        self.count += 1
+        return x * 1e30 if self.after < self.count <= self.until else x
+
+
+# Measuring and logging.
+
+
+def test_heldout_evaluation_and_log(tmp_path: Path) -> None:
+    log, heldout = tmp_path / "log.jsonl", waves(6, seed=9)
+    model = fresh()
+    report = train(model, steps=20, heldout=heldout, log=log, seed=2)
+    assert [json.loads(line) for line in log.read_text().splitlines()] == report.records
+    held = [r for r in report.records if "heldout_loss" in r]
+    assert [r["step"] for r in held] == [10, 20]
+    measured = evaluate(model, heldout, seed=2)
+    assert {k.removeprefix("heldout_"): v for k, v in held[-1].items() if k != "step"} == measured
+    train(model, steps=2, log=log)
+    assert len(log.read_text().splitlines()) == len(report.records) + 2
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    train(fresh(), steps=3, progress=True)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert "loss=" in shown
+    train(fresh(), steps=3)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_evaluate_against_direct_computation(is_complex: bool) -> None:
+    make = FFT1Complex if is_complex else FFT1Real
+    model = tiny(make(4, scales=[1, 4]), sigma=0.3).double().train()
+    data, sigma, numel = signal(model.decomp, 7), 0.3, model.decomp.numel
+    found = evaluate(model, data, batch_size=3, seed=4)
+    assert model.training
+    generator, kls, errors, losses = seeded(4), list[list[Tensor]](), list[Tensor](), list[Tensor]()
+    model.eval()
+    with torch.no_grad():
+        for x in data.split(3):
+            results: list[Result] = []
+            steps = layer_passes(model, partial(lambda x, found: found.append(model(x, generator)), x, results))
+            pairs = [(s.posterior, s.prior) for s in steps]
+            kls.append([kl_divergence(Normal(q.mean, q.sigma), Normal(p.mean, p.sigma)) for q, p in pairs if q])
+            decoded = pack(results[0].reconstruction)
+            errors.append((decoded - pack(x)).square().flatten(1).sum(1))
+            likelihood = Normal(decoded, sigma).log_prob(pack(x)).flatten(1).sum(1)
+            losses.append(torch.stack([k.flatten(1).sum(1) for k in kls[-1]]).sum(0) - likelihood)
+        mean_error = pack(model.encode(data).reconstruction) - pack(data)
+    error, units = torch.cat(errors), [torch.cat(parts) for parts in zip(*kls, strict=True)]
+    per_layer = [u.flatten(1).sum(1).mean() for u in units]
+    objective = (0.5 * error.mean() / sigma**2 + sum(per_layer)) / numel
+    active = sum(int((u.mean(0) > 0.01).sum()) for u in units)
+    assert found.pop("kl") == pytest.approx([float(k) for k in per_layer])
+    assert found == pytest.approx(
+        {
+            "objective": float(objective),
+            "loss": float(torch.cat(losses).mean()) / numel,
+            "mse": float(error.mean()) / numel,
+            "mse_mean": float(mean_error.square().mean()),
+            "active_units": active,
+            "units": sum(u[0].numel() for u in units),
+        },
+        rel=1e-6,
+    )
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("module", ["accelerate", "tqdm.auto"])
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=re.escape('needs the extra "train": pip install "separable-hvae[train]"')):
+        train(fresh())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": None}, ValueError, "fit needs steps or time_budget"),
+        ({"steps": 0}, ValueError, "steps must be positive, got 0"),
+        ({"steps": 2.5}, TypeError, "steps must be an integer, got 2.5"),
+        ({"time_budget": -1.0}, ValueError, "time_budget must be positive, got -1.0"),
+        ({"time_budget": math.nan}, ValueError, "time_budget must be positive, got nan"),
+        ({"batch_size": 0}, ValueError, "batch_size must be positive, got 0"),
+        ({"batch_size": 4.0}, TypeError, "batch_size must be an integer, got 4.0"),
+        ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive, got 0.0"),
+        ({"clip": 0.0}, ValueError, "clip must be positive, got 0.0"),
+        ({"skip": -1.0}, ValueError, "skip must be positive, got -1.0"),
+        ({"every": 0}, ValueError, "every must be positive, got 0"),
+        ({"warmup": 1.0}, ValueError, "warmup must be in [0, 1), got 1.0"),
+        ({"kl_warmup": -0.1}, ValueError, "kl_warmup must be in [0, 1), got -0.1"),
+        ({"ema": 1.0}, ValueError, "ema must be in [0, 1), got 1.0"),
+        ({"speed": 1}, TypeError, "speed"),
+        ({"heldout": torch.zeros(2, 3, 4)}, ValueError, "heldout must have shape (B, 1, 4), got (2, 3, 4)"),
+        ({"heldout": torch.full((2, 1, 4), math.inf)}, ValueError, "heldout must be finite, got NaN or infinity"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = fresh()
+    before = weights(model)
+    with pytest.raises(error, match=re.escape(message)):
+        train(model, **options)
+    assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+
+
+class Labelled(Waves):
+    @override
+    def __getitem__(self, index: int) -> Any:
+        return self.signals[index], 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda x: x.index_fill(0, torch.tensor([39]), math.nan), ValueError, "data must be finite, got NaN"),
+        (lambda x: Waves(x * math.inf), ValueError, "data must be finite, got NaN"),
+        (lambda x: x[:0], ValueError, "data must hold at least one signal"),
+        (lambda x: Waves(x[:0]), ValueError, "data must hold at least one signal"),
+        (lambda x: x[..., :3], ValueError, "data must have shape (B, 1, 4), got (40, 1, 3)"),
+        (lambda x: Waves(x[:, 0]), ValueError, "data must have shape (B, 1, 4), got (40, 4)"),
+        (lambda x: x + 0j, TypeError, "data must be real floating-point for FFT1Real, got torch.complex64"),
+        (lambda x: x.byte(), TypeError, "data must be real floating-point for FFT1Real, got torch.uint8"),
+        (lambda x: x.numpy(), TypeError, "data must be a dataset of tensors (C, *size), got an item of ndarray"),
+        (Labelled, TypeError, "data must be a dataset of tensors (C, *size), got an item of tuple"),
+    ],
+)
+def test_bad_data(make: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        train(fresh(), make(waves()))
+
+
+def test_the_model_must_be_one() -> None:
+    with pytest.raises(TypeError, match="model must be an HVAE, got Linear"):
+        train(torch.nn.Linear(4, 4))  # type: ignore[arg-type]
+
+
+def test_vanilla_models_train_too() -> None:
+    model = tiny(Identity((4,), channels=1), perturbed=False, layers=1, sigma="learned")
+    report = train(model, steps=40, learning_rate=1e-2)
+    assert report.records[-1]["loss"] < report.records[0]["loss"]
+    assert float(model.sigma.detach()) != pytest.approx(0.1)
