@@ -26,7 +26,10 @@ from torch import Tensor
 from separable_hvae import HVAE, FFT2Real, Identity, Wavelet2, evaluate, fit
 
 DECOMPOSITIONS = {"Identity": Identity, "FFT2Real": FFT2Real, "Wavelet2": Wavelet2}
-CONFIGURATIONS = [("Identity", "grid", False), *product(["FFT2Real", "Wavelet2"], ["grid", "coefficient"], [False, True])]
+CONFIGURATIONS = [
+    ("Identity", "grid", False),
+    *product(["FFT2Real", "Wavelet2"], ["grid", "coefficient"], [False, True]),
+]
 SIGMA = 0.1
 
 
@@ -39,7 +42,9 @@ def load(dataset: str, folder: Path | None) -> tuple[Tensor, Tensor]:
     return cifar10(folder, train=True, side=16), cifar10(folder, train=False, side=16)[:1000]
 
 
-def run(dataset: str, folder: Path | None, name: str, head: str, band: bool, seed: int, seconds: float) -> dict[str, Any]:
+def run(
+    dataset: str, folder: Path | None, name: str, head: str, band: bool, seed: int, seconds: float
+) -> dict[str, Any]:
     """Train one model for ``seconds`` of CPU time and measure it."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="scale .* latents for the")
@@ -59,13 +64,23 @@ def run(dataset: str, folder: Path | None, name: str, head: str, band: bool, see
         clock=time.process_time,
     )
     measured = evaluate(model, held_out)
-    settings = {"dataset": dataset, "decomposition": name, "head": head, "band_input": band, "seed": seed, "seconds": seconds}
+    settings = {
+        "dataset": dataset,
+        "decomposition": name,
+        "head": head,
+        "band_input": band,
+        "seed": seed,
+        "seconds": seconds,
+    }
     return {**settings, "steps": report.steps, **measured}
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
     """Mean and spread over seeds, one line for each configuration."""
-    lines = ["| data | bands | head | target band | ½·SE/σ² + KL, nats/dim | MSE of the mean, 8 bit | steps |", "|---" * 7 + "|"]
+    lines = [
+        "| data | bands | head | target band | ½·SE/σ² + KL, nats/dim | MSE of the mean, 8 bit | steps |",
+        "|---" * 7 + "|",
+    ]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in results:
         groups.setdefault((r["dataset"], r["decomposition"], r["head"], r["band_input"]), []).append(r)
@@ -75,7 +90,8 @@ def table(results: Iterable[dict[str, Any]]) -> str:
         error = statistics.mean(r["mse_mean"] for r in runs) * 127.5**2
         steps = statistics.mean(r["steps"] for r in runs)
         seen = "yes" if band else "no"
-        lines.append(f"| {dataset} | {name} | {head} | {seen} | {statistics.mean(objective):.2f} ± {spread:.2f} | {error:.0f} | {steps:.0f} |")
+        measured = f"{statistics.mean(objective):.2f} ± {spread:.2f} | {error:.0f} | {steps:.0f}"
+        lines.append(f"| {dataset} | {name} | {head} | {seen} | {measured} |")
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +99,9 @@ def main() -> None:
     """Run what is missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path, help="unpacked archive cifar-10-batches-bin")
-    parser.add_argument("--seconds", type=float, default=30, help="CPU seconds of training on digits; 1.5 times that on CIFAR-10")
+    parser.add_argument(
+        "--seconds", type=float, default=30, help="CPU seconds of training on digits; 1.5 times that on CIFAR-10"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/defaults"))

@@ -21,7 +21,7 @@ def main() -> None:
     """Train, refine, print the table, write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="train on the pictures of this folder")
-    parser.add_argument("--steps", type=int, default=700, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed repeats the numbers")
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for the pictures")
     args = parser.parse_args()

@@ -37,7 +37,9 @@ class BandMoments:
     def __add__(self, other: "BandMoments") -> "BandMoments":
         count = self.count + other.count
         share = other.count / count
-        return BandMoments(count, torch.lerp(self.mean, other.mean, share), self.square + share * (other.square - self.square))
+        return BandMoments(
+            count, torch.lerp(self.mean, other.mean, share), self.square + share * (other.square - self.square)
+        )
 
     @property
     def deviation(self) -> float:

@@ -10,13 +10,14 @@ and the bands have as many entries as the signal has real degrees of freedom.
 """
 
 import copy
+import inspect
 import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
-from typing import Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -332,6 +333,28 @@ class Decomposition(nn.Module, ABC):
             full.append(h.to(dtype))
         return full
 
+    def config(self) -> dict[str, Any]:
+        """Arguments that build this decomposition again: what JSON can hold.
+
+        The default reads, for each argument of the constructor, the attribute of the same name. Override
+        it where the two differ, as where one number makes the tuple ``size``. Tensors are no arguments:
+        keep them as buffers or parameters, which are saved by themselves, of a shape that the arguments give.
+
+        Raises:
+            TypeError: If an attribute is missing or JSON cannot hold it.
+        """
+        kind, arguments = type(self).__name__, {}
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise TypeError(f"{kind} cannot tell what its argument {parameter} was: override its config()")
+            if not hasattr(self, name):
+                raise TypeError(f"{kind} has no attribute {name!r} for its argument: set it, or override its config()")
+            try:
+                arguments[name] = plain(f"{kind}.{name}", getattr(self, name))
+            except TypeError as error:
+                raise TypeError(f"{error}: override its config()") from error
+        return arguments
+
     def check(self, *, tolerance: float | None = None, dtype: torch.dtype = torch.float64) -> LawReport:
         """Measure every law on random signals and bands.
 
@@ -415,6 +438,22 @@ def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
     if dims is not None and len(size) != dims:
         raise ValueError(f"size must have {dims} axes, got {tuple(size)}")
     return tuple(size)
+
+
+def plain(name: str, value: Any) -> Any:
+    """Return ``value`` as JSON gives it back: sequences become lists.
+
+    Raises:
+        TypeError: If JSON cannot hold it, or only as something else.
+    """
+    if isinstance(value, (list, tuple)):
+        return [plain(name, v) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: plain(name, v) for k, v in value.items()}
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    shown = type(value).__name__ if isinstance(value, (Tensor, nn.Module)) else repr(value)
+    raise TypeError(f"{name} holds {shown}, which JSON cannot hold")
 
 
 def _positive(name: str, value: int) -> int:

@@ -16,7 +16,6 @@ from typing_extensions import override
 from separable_hvae.blocks import ResidualBlock, conv
 from separable_hvae.decomposition import Decomposition, full_precision, resample
 
-
 EMIT_GAIN = 0.5
 """Initial bands are small against their unit, so that training does not start by unlearning them."""
 
@@ -35,11 +34,14 @@ class ScaleHead(nn.Module, ABC):
         gain: Factor on the last convolution of each residual branch, ``1/√L``.
     """
 
+    decomp: Decomposition
+
     def __init__(
         self, decomp: Decomposition, scale: int, *, width: int, bottleneck: int, blocks: int, gain: float
     ) -> None:
         super().__init__()
-        self.decomp = decomp
+        # The model's, no submodule: it is moved with the model, and its state counts once.
+        self.__dict__["decomp"] = decomp
         self.scale = scale
         self.grid = decomp.grid(scale)
         self.shape = decomp.band_shapes[scale]

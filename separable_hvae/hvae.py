@@ -24,6 +24,7 @@ from separable_hvae.blocks import Encoder
 from separable_hvae.calibration import BandMoments, units
 from separable_hvae.decomposition import Decomposition, full_precision, pack
 from separable_hvae.heads import HEADS, ScaleHead
+from separable_hvae.saving import Pretrained
 from separable_hvae.subset import Evidence, Subset, SubsetPass
 
 _LOG_SIGMA_RANGE = (math.log(1e-4), math.log(1e2))
@@ -63,7 +64,9 @@ class Result:
             ValueError: If the pass had no data or took latents as given.
         """
         if self.kl is None or self.data is None:
-            raise ValueError("elbo needs a pass that drew its latents from the posterior: use model(x) or model.encode(x)")
+            raise ValueError(
+                "elbo needs a pass that drew its latents from the posterior: use model(x) or model.encode(x)"
+            )
         return -(self.data + self.kl.sum(1))
 
 
@@ -83,7 +86,7 @@ class Observation:
     targets: list[Tensor] | None
 
 
-class HVAE(nn.Module):
+class HVAE(Pretrained, nn.Module):
     """Top-down hierarchical VAE with a linearly separable decoder.
 
     Args:
@@ -246,7 +249,11 @@ class HVAE(nn.Module):
         if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
             raise ValueError("x must be finite, got NaN or infinity")
         double = self.start.dtype == torch.float64
-        x = x.to((torch.complex128 if double else torch.complex64) if x.is_complex() else (torch.float64 if double else torch.float32))
+        x = x.to(
+            (torch.complex128 if double else torch.complex64)
+            if x.is_complex()
+            else (torch.float64 if double else torch.float32)
+        )
         activations = self.encoder(pack(x).to(self.start.dtype))
         targets = None
         if self.decomp.orthonormal:
@@ -450,7 +457,9 @@ class HVAE(nn.Module):
             if z is None:
                 continue
             if not isinstance(z, Tensor) or not z.is_floating_point():
-                raise TypeError(f"latents[{i}] must be a real tensor or None, got {getattr(z, 'dtype', type(z).__name__)}")
+                raise TypeError(
+                    f"latents[{i}] must be a real tensor or None, got {getattr(z, 'dtype', type(z).__name__)}"
+                )
             if tuple(z.shape) != (batch, *shape):
                 raise ValueError(f"latents[{i}] must have shape {(batch, *shape)}, got {tuple(z.shape)}")
         return [*latents, *[None] * (len(shapes) - len(latents))]
@@ -466,7 +475,9 @@ class HVAE(nn.Module):
         given = [z for z in full if z is not None]
         if len(given) < len(full) or len(given[0]) != batch:
             got = f"{len(given)} for {len(given[0])} signals" if given else "none"
-            raise ValueError(f"latents must hold {len(full)} tensors, one for each layer, for {batch} signals, got {got}")
+            raise ValueError(
+                f"latents must hold {len(full)} tensors, one for each layer, for {batch} signals, got {got}"
+            )
         dtype = torch.float64 if self.start.dtype == torch.float64 else torch.float32
         return [z.detach().to(self.start.device, dtype) for z in given]
 

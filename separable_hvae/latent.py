@@ -95,6 +95,10 @@ class StochasticLayer(nn.Module):
         self.inject = conv(latent_channels, width, grid, pointwise=True, gain=gain)
         self.block = ResidualBlock(width, hidden, grid, gain=gain)
 
+    def guess(self, context: Tensor, evidence: Tensor) -> Gaussian:
+        """The posterior under a context ``(B, width, *any grid)`` and evidence ``(B, width, *grid)``."""
+        return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))
+
     @override
     def forward(
         self,
@@ -116,7 +120,7 @@ class StochasticLayer(nn.Module):
         posterior = None
         if z is None:
             if evidence is not None:
-                posterior = Gaussian.from_raw(self.posterior(torch.cat([context, evidence], dim=1)))
+                posterior = self.guess(context, evidence)
             z = (posterior or prior).sample(temperature, generator)
         features = raw[:, 2 * self.latent_channels :] + self.inject(z.to(raw.dtype))
         return LayerPass(self.block(context + features), z, prior, posterior)

@@ -12,7 +12,6 @@ from torch import Tensor
 from separable_hvae.decomposition import Decomposition
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -22,65 +21,62 @@ def progressive(decomp: Decomposition, bands: Sequence[Tensor], originals: Tenso
     Args:
         decomp: The bound decomposition, two-dimensional.
         bands: Bands ``(B, *band_shape)``, coarse to fine.
-        originals: Signals ``(B, C, H, W)``, shown last.
-    """
-    sums = [decomp.synthesis(list(bands)[: i + 1]) for i in range(len(bands))]
-    titles = [f"scale ≤ {s}" for s in decomp.band_scales]
-    return gallery(dict(zip([*titles, "original"], [*sums, originals], strict=True)), like=originals)
-
-
-def comparison(originals: Tensor, reconstructions: Mapping[str, Tensor], *, zoom: float | None = None) -> "Figure":
-    """Originals, reconstructions and their errors, one signal a row.
-
-    Args:
-        originals: Signals ``(B, C, H, W)``.
-        reconstructions: Signals ``(B, C, H, W)`` by name.
-        zoom: Factor on the errors' brightness; ``None`` makes the largest error white.
-    """
-    errors = {name: (x - originals).abs() for name, x in reconstructions.items()}
-    span = float(originals.abs().max() if originals.is_complex() else originals.max() - originals.min())
-    top = span / zoom if zoom else max(float(e.max()) for e in errors.values())
-    columns = {"original": originals, **reconstructions}
-    figure = gallery({**columns, **{f"|error|, {n}": e for n, e in errors.items()}}, like=originals)
-    for i, axes in enumerate(figure.axes):
-        if i % (len(columns) + len(errors)) >= len(columns) and axes.images:
-            name = list(errors)[i % (len(columns) + len(errors)) - len(columns)]
-            axes.images[0].set(data=_pixels(errors[name][i // (len(columns) + len(errors))], 0.0, top))
-    return figure
-
-
-def gallery(columns: Mapping[str, Tensor], *, like: Tensor) -> "Figure":
-    """Signals side by side, one column for each name, in the value range of ``like``.
-
-    Args:
-        columns: Signals ``(B, C, H, W)`` by title; complex ones are shown as magnitudes.
-        like: Signals whose range is black to white.
+        originals: Signals ``(B, C, H, W)``, shown last; their range is black to white.
 
     Raises:
         ImportError: If matplotlib is not installed.
         ValueError: If signals have no two axes.
     """
+    sums = [decomp.synthesis(list(bands)[: i + 1]) for i in range(len(bands))]
+    low, high = _range(originals)
+    columns = [(f"scale ≤ {s}", x, low, high) for s, x in zip(decomp.band_scales, sums, strict=True)]
+    return _gallery([*columns, ("original", originals, low, high)])
+
+
+def comparison(originals: Tensor, reconstructions: Mapping[str, Tensor]) -> "Figure":
+    """Originals, reconstructions and their errors, one signal a row.
+
+    Args:
+        originals: Signals ``(B, C, H, W)``; their range is black to white.
+        reconstructions: Signals ``(B, C, H, W)`` by name; the largest error of all is white.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If signals have no two axes.
+    """
+    low, high = _range(originals)
+    errors = {name: (x - originals).abs() for name, x in reconstructions.items()}
+    top = max(float(e.max()) for e in errors.values())
+    columns = [(name, x, low, high) for name, x in {"original": originals, **reconstructions}.items()]
+    zoom = f"|error| × {(high - low) / max(top, 1e-12):.0f}"
+    return _gallery([*columns, *((f"{name},\n{zoom}", e, 0.0, top) for name, e in errors.items())])
+
+
+def _gallery(columns: Sequence[tuple[str, Tensor, float, float]]) -> "Figure":
+    """Columns of a title, signals ``(B, C, H, W)``, and the values that are black and white."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need the extra "examples": pip install "separable-hvae[examples]"') from error
-    if like.ndim != 4:
-        raise ValueError(f"pictures need signals (B, C, H, W), got shape {tuple(like.shape)}")
-    shown = like.abs() if like.is_complex() else like
-    low, high = (0.0 if like.is_complex() else float(shown.min())), float(shown.max())
-    rows = len(like)
+    if any(signals.ndim != 4 for _, signals, _, _ in columns):
+        raise ValueError(f"pictures need signals (B, C, H, W), got shape {tuple(columns[0][1].shape)}")
+    rows = len(columns[0][1])
     figure = Figure(figsize=(1.35 * len(columns), 1.35 * rows + 0.3), layout="constrained")
-    grid: Sequence[Sequence[Axes]] = figure.subplots(rows, len(columns), squeeze=False)
-    for j, (title, signals) in enumerate(columns.items()):
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for j, (title, signals, low, high) in enumerate(columns):
         grid[0][j].set_title(title, fontsize=8)
         for i in range(rows):
-            grid[i][j].imshow(_pixels(signals[i], low, high), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            grid[i][j].imshow(_pixels(signals[i], low, high).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             grid[i][j].set_axis_off()
     return figure
 
 
+def _range(signals: Tensor) -> tuple[float, float]:
+    return (0.0, float(signals.abs().max())) if signals.is_complex() else (float(signals.min()), float(signals.max()))
+
+
 def _pixels(signal: Tensor, low: float, high: float) -> Tensor:
-    """One signal ``(C, H, W)`` as a picture ``(H, W)`` or ``(H, W, 3)`` in [0, 1]."""
+    """One signal ``(C, H, W)``, complex ones as magnitudes, as a picture ``(H, W)`` or ``(H, W, 3)`` in [0, 1]."""
     x = (signal.abs() if signal.is_complex() else signal).detach().float().cpu()
     x = ((x - low) / max(high - low, 1e-12)).clamp(0, 1)
     return torch.movedim(x, 0, -1) if len(x) == 3 else x.mean(0)

@@ -53,9 +53,12 @@ class SubsetPass:
 class BandInput(nn.Module):
     """Let the posterior see the target band: its picture, brought to the latents' grid."""
 
+    decomp: Decomposition
+
     def __init__(self, decomp: Decomposition, scale: int, width: int, bottleneck: int) -> None:
         super().__init__()
-        self.decomp = decomp
+        # The model's, no submodule: see ScaleHead.
+        self.__dict__["decomp"] = decomp
         self.scale = scale
         self.grid = decomp.grid(scale)
         channels, *points = decomp.picture_shape(scale)

@@ -281,7 +281,14 @@ class _Batches:
     """Batch k of a run, as a function of the seed and k alone."""
 
     def __init__(
-        self, model: HVAE, data: "Tensor | Dataset[Tensor]", batch_size: int, seed: int, workers: int, rank: int, world: int
+        self,
+        model: HVAE,
+        data: "Tensor | Dataset[Tensor]",
+        batch_size: int,
+        seed: int,
+        workers: int,
+        rank: int,
+        world: int,
     ) -> None:
         self.data, self.batch, self.seed, self.workers = data, batch_size, seed, workers
         self.rank, self.world, self.decomp = rank, world, model.decomp
@@ -311,7 +318,9 @@ class _Batches:
         for k in range(first, 2**62):
             if k // per_epoch != epoch:
                 epoch = k // per_epoch
-                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(_mix(self.seed, epoch, 1 << 20)))
+                order = torch.randperm(
+                    self.count, generator=torch.Generator().manual_seed(_mix(self.seed, epoch, 1 << 20))
+                )
             begin = (k % per_epoch) * stride + self.rank * self.batch
             yield order[begin : begin + self.batch].tolist()
 
@@ -340,7 +349,9 @@ class _Forward:
 class _State:
     """What a checkpoint holds: weights, their average, the optimizer's moments and counters."""
 
-    def __init__(self, model: HVAE, averaged: AveragedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]):
+    def __init__(
+        self, model: HVAE, averaged: AveragedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    ):
         self.model, self.averaged, self.optimizer, self.settings = model, averaged, optimizer, settings
         self.step, self.seconds = 0, 0.0
         self.norm, self.in_a_row, self.skipped = 0.0, 0, 0
@@ -356,7 +367,9 @@ class _State:
         wild = not finite or (self.step >= _ARMED_AFTER and norm > skip * self.typical_norm)
         if wild and self.in_a_row >= _MOST_SKIPS:
             if not finite:
-                raise FloatingPointError(f"the gradient was not finite {self.in_a_row + 1} times in a row, at step {self.step}")
+                raise FloatingPointError(
+                    f"the gradient was not finite {self.in_a_row + 1} times in a row, at step {self.step}"
+                )
             wild = False
         self.in_a_row = self.in_a_row + 1 if wild else 0
         self.skipped += wild
@@ -377,7 +390,9 @@ class _State:
         counters = {k: getattr(self, k) for k in ("step", "seconds", "norm", "in_a_row", "skipped")}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file(self._tensors(), partial, metadata={"counters": json.dumps(counters), "settings": json.dumps(self.settings)})
+        save_file(
+            self._tensors(), partial, metadata={"counters": json.dumps(counters), "settings": json.dumps(self.settings)}
+        )
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)

@@ -63,6 +63,11 @@ class LinearLayer(nn.Module):
     def _gaussian(self, mean: Tensor, log_sigma: Tensor) -> Gaussian:
         return Gaussian(mean.unflatten(1, self.shape), log_sigma.expand_as(mean).unflatten(1, self.shape))
 
+    def guess(self, context: Tensor, evidence: Tensor) -> Gaussian:
+        mean = self.posterior(torch.cat([context.flatten(1), evidence], dim=1))
+        posterior = self._gaussian(mean, self.posterior_log_sigma)
+        return posterior if self.factor is None else FullGaussian(posterior.mean, posterior.log_sigma, self.factor)
+
     @override
     def forward(
         self,
@@ -77,10 +82,7 @@ class LinearLayer(nn.Module):
         prior, posterior = self._gaussian(self.prior(c), self.log_sigma), None
         if z is None:
             if evidence is not None:
-                mean = self.posterior(torch.cat([c, evidence], dim=1))
-                posterior = self._gaussian(mean, self.posterior_log_sigma)
-                if self.factor is not None:
-                    posterior = FullGaussian(posterior.mean, posterior.log_sigma, self.factor)
+                posterior = self.guess(context, evidence)
             drawn = posterior or prior
             if self.noise is None:
                 z = drawn.sample(temperature, generator)
@@ -133,6 +135,7 @@ def linear_gaussian(decomp: Decomposition, *, layers: int = 2, seed: int = 0) ->
             inputs = linear.outputs
         subset.layers = cast(Sequence[StochasticLayer], nn.ModuleList(stack))
         subset.unit.fill_(1.0 + 0.25 * i)
+        nn.init.normal_(subset.centre)
     return model.double().eval()
 
 
@@ -195,7 +198,8 @@ class ClosedForm:
                 deviation = own.minus(context.through(layer.prior))
                 self.priors.append(deviation.scaled(np.exp(-self.log_sigmas(number))))
                 context = stacked([context, own]).through(layer.context)
-            self.bands.append(context.through(cast(LinearHead, subset.head).linear).scaled(float(subset.unit)))
+            band = context.through(cast(LinearHead, subset.head).linear).scaled(float(subset.unit))
+            self.bands.append(band.minus(-np.asarray(subset.centre.flatten().numpy())))
         self.analysis, self.synthesis = _matrices(model.decomp)
 
     def log_sigmas(self, layer: int) -> Array:

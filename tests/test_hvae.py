@@ -60,6 +60,16 @@ def units(model: HVAE) -> list[float]:
     return [float(subset.get_buffer("unit")) for subset in model.subsets]
 
 
+def centres(model: HVAE) -> list[torch.Tensor]:
+    """The mean of each band, coarse to fine."""
+    return [subset.get_buffer("centre") for subset in model.subsets]
+
+
+def spread(bands: "np.typing.NDArray[np.float64]") -> float:
+    """Root mean square about the mean band."""
+    return float(np.sqrt(np.square(bands - bands.mean(0)).mean()))
+
+
 def real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
@@ -324,11 +334,13 @@ def test_calibrate_against_pywavelets() -> None:
     x = 3 + torch.randn(40, 2, 8, generator=seeded()) * torch.linspace(0.1, 4, 8)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Level value of")
-        expected = [h.std() for h in pywt.wavedec(x.double().numpy(), "db2", mode="periodization", level=3)]
+        expected = pywt.wavedec(x.double().numpy(), "db2", mode="periodization", level=3)
     for data in (x, x.split(7), (batch for batch in x.split(16))):
         fresh = tiny(model.decomp)
         fresh.calibrate(data)
-        np.testing.assert_allclose(units(fresh), expected, rtol=1e-5)
+        np.testing.assert_allclose(units(fresh), [spread(h) for h in expected], rtol=1e-5)
+        for centre, h in zip(centres(fresh), expected, strict=True):
+            np.testing.assert_allclose(centre, h.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_calibrate_fourier_and_identity() -> None:
@@ -337,10 +349,11 @@ def test_calibrate_fourier_and_identity() -> None:
     fourier, identity = tiny(FFT2Real(8, channels=1, scales=[1, 8])), tiny(Identity(8, channels=1))
     fourier.calibrate(x)
     identity.calibrate(x)
-    assert units(identity)[0] == pytest.approx(float(x.numpy().std()), rel=1e-5)
+    assert units(identity)[0] == pytest.approx(spread(x.double().numpy()), rel=1e-5)
     assert units(fourier)[0] == pytest.approx(float(dc.std()), rel=1e-5)
-    # Parseval: the ring's mean square; its mean over 30 × 63 coefficients is close to zero.
-    assert units(fourier)[1] == pytest.approx(math.sqrt((rest**2).sum() / (30 * 63)), rel=3e-3)
+    # Parseval: the ring has 63 coefficients, and the mean signal's ring is their mean.
+    rest = rest - rest.mean(0)
+    assert units(fourier)[1] == pytest.approx(math.sqrt((rest**2).sum() / (30 * 63)), rel=1e-5)
 
 
 def test_bands_are_predicted_in_their_units() -> None:
@@ -348,24 +361,23 @@ def test_bands_are_predicted_in_their_units() -> None:
     latents = model(signal(model.decomp, dtype=torch.float32)).latents
     before = model.decode(latents).bands
     model.calibrate(5 * signal(model.decomp, 64, torch.float32))
-    for h, unit, after in zip(before, units(model), model.decode(latents).bands, strict=True):
+    after = model.decode(latents).bands
+    for h, centre, unit, changed in zip(before, centres(model), units(model), after, strict=True):
         assert unit == pytest.approx(5, rel=0.3)
-        torch.testing.assert_close(after, h * unit)
+        torch.testing.assert_close(changed, centre + h * unit)
 
 
 def test_units_follow_the_first_training_batches() -> None:
     model = tiny(Identity((6,), channels=1))
-    generator, deviations = seeded(), []
+    generator, batches = seeded(), []
     model.eval()(torch.randn(4, 1, 6))
     assert units(model)[0] == 1
     model.train()
     for i in range(20):
         x = (1 + i) * torch.randn(4, 1, 6, generator=generator)
         model(x)
-        deviations.append(x.double().numpy().std())
-        count = min(i + 1, 16)
-        expected = math.sqrt(np.square(deviations[:count]).mean())
-        assert units(model)[0] == pytest.approx(expected, rel=1e-5)
+        batches.append(x.double().numpy())
+        assert units(model)[0] == pytest.approx(spread(np.concatenate(batches[:16])), rel=1e-4)
     calibrated = tiny(Identity((6,), channels=1)).train()
     calibrated.calibrate(torch.randn(50, 1, 6))
     before = units(calibrated)[0]

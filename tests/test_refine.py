@@ -23,6 +23,7 @@ from separable_hvae.refine import (
     History,
     Iterate,
     Latent,
+    Parallel,
     Problem,
     Rule,
     Schedule,
@@ -33,7 +34,7 @@ from tests.test_hvae import layer_passes, seeded, tiny
 from tests.test_linear_gaussian import ORTHONORMAL
 from tests.zoo import OWN, SMALL, Make, Pyramid, signal
 
-SCHEDULES = ["latent", "scale", "joint"]
+SCHEDULES = ["latent", "scale", "parallel", "joint"]
 SIGMA = 0.3
 
 
@@ -100,7 +101,7 @@ class ConjugateGradient(Rule):
         return move((unit * residual).sum(1, keepdim=True) / curvature.clamp_min(1e-30) * unit), (direction, norm)
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULES, "own prior"])
+@pytest.mark.parametrize("schedule", ["latent", "own prior", "scale", "joint"])
 @pytest.mark.parametrize("make", [*ORTHONORMAL.values(), lambda: Pyramid((4,), 1)], ids=[*ORTHONORMAL, "pyramid"])
 def test_lands_on_the_closed_form(make: Make, schedule: str) -> None:
     model = linear_gaussian(make())
@@ -113,7 +114,7 @@ def test_lands_on_the_closed_form(make: Make, schedule: str) -> None:
         "joint": algebra.joint,
     }
     refiner = MAPRefiner(
-        {"joint": algebra.numel, "scale": 60}.get(schedule, 16),
+        {"joint": algebra.numel, "scale": 60}.get(schedule, 24),
         guidance=guidance,
         schedule=Latent(own_prior=True) if schedule == "own prior" else schedule,
         rule=ConjugateGradient(),
@@ -135,12 +136,37 @@ def test_the_optima_differ() -> None:
     assert np.abs(algebra.joint(row) - algebra.latent(row)).max() > 0.01
 
 
+@pytest.mark.parametrize("recentre", [0, 5])
+@pytest.mark.parametrize("make", [lambda: FFT1Real(3, scales=[1, 3]), lambda: Identity((2,), channels=1)])
+def test_parallel_subsets_land_where_single_ones_do(make: Make, recentre: int) -> None:
+    model = linear_gaussian(make(), layers=1)
+    algebra, x = ClosedForm(model), signal(model.decomp)
+    result = MAPRefiner(600, 0.05, schedule=Parallel(recentre), rule="gd")(model, x)
+    np.testing.assert_allclose(flat(result.latents), [algebra.scale(row) for row in flat([x])], atol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["gd", "adam"])
 def test_the_rules_converge(rule: str) -> None:
     model = linear_gaussian(FFT1Real(3, scales=[1, 3]), layers=1)
     algebra, x = ClosedForm(model), signal(model.decomp)
     result = MAPRefiner(500, 0.05, schedule="scale", rule=rule)(model, x)
     np.testing.assert_allclose(flat(result.latents), [algebra.scale(row) for row in flat([x])], atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["gd", "adam"])
+def test_the_rules_are_those_of_torch(rule: str) -> None:
+    model = few()
+    x = signal(model.decomp)
+    iterates: list[Iterate] = []
+    MAPRefiner(4, 0.01, schedule="joint", rule=rule)(model, x, callback=iterates.append)
+    moving = [z.clone().requires_grad_() for z in iterates[0].latents]
+    optimizer = (torch.optim.SGD if rule == "gd" else torch.optim.Adam)(moving, lr=0.01)
+    for iterate in iterates:
+        assert_equal([z.detach() for z in moving], iterate.latents, exactly=False)
+        optimizer.zero_grad()
+        result = model.decode(moving)
+        (result.nll + model.data_nll(result.reconstruction, x)).sum().backward()
+        optimizer.step()
 
 
 def test_prior_means_complete_a_subset_without_the_encoder() -> None:
@@ -236,9 +262,14 @@ class Probe(Refiner):
         return [z - 1e-3 * g for z, g in zip(latents, gradient, strict=True)], None
 
 
-@pytest.mark.parametrize("loss", ["l1", "l2", lambda h_hat, h: (h_hat - h).pow(4).flatten(1).sum(1)])
+def fourth_power(h_hat: Tensor, h: Tensor) -> Tensor:
+    return (h_hat - h).pow(4).flatten(1).sum(1)
+
+
 @pytest.mark.parametrize("schedule", [*SCHEDULES, Latent(own_prior=True)], ids=[*SCHEDULES, "own prior"])
-@pytest.mark.parametrize("name", ["few", "own-pyramid", "identity-1"])
+@pytest.mark.parametrize(
+    ("name", "loss"), [("few", "l1"), ("few", "l2"), ("few", fourth_power), ("own-pyramid", "l2"), ("identity-1", "l1")]
+)
 def test_gradients_against_finite_differences(name: str, schedule: Any, loss: Any) -> None:
     model = few() if name == "few" else tiny(SMALL[name](), sigma=SIGMA, layers=1).double()
     x = signal(model.decomp)
@@ -297,9 +328,11 @@ def test_vanilla_steps_run_all_later_layers() -> None:
     for m, (_, ran) in enumerate(spy.steps_ran):
         assert {int(n.split(".")[3]) for n in ran if ".layers." in n} == set(range(m, model.depth))
         assert any(".head." in name for name in ran)
-    spy = Spy(model, schedule="joint")
-    spy(model, x)
-    assert spy.layers() == [model.depth]
+    for schedule, name in product(("parallel", "joint"), ("fft1-real", "identity-1")):
+        model = tiny(SMALL[name]())
+        spy = Spy(model, schedule=schedule)
+        spy(model, signal(model.decomp, dtype=torch.float32))
+        assert spy.layers() == [model.depth]
 
 
 # Never worse than the start.
@@ -344,9 +377,9 @@ def test_never_worse_than_the_start(make: Callable[[], HVAE], schedule: str) -> 
     given = model.encode(x, temperature=2.0, generator=seeded()).latents
     inits: list[Any] = ["posterior", "prior", given]
     refused = 0
-    for n, ((size, beta), init) in enumerate(product(WILD, inits)):
-        loss = ("l1", "l2")[n // 2 % 2]
-        options: dict[str, Any] = {"guidance": beta, "loss": loss, "init": init, "sample": n % 2 == 0}
+    for n, (size, beta) in enumerate(WILD * 2):
+        loss = ("l1", "l2")[n % 2]
+        options: dict[str, Any] = {"guidance": beta, "loss": loss, "init": inits[n % 3], "sample": n // 2 % 2 == 0}
         start = MAPRefiner(0, **options)(model, x, seeded(1))
         before = objective(model, start.latents, x, loss=loss, beta=beta)
         for rule in ("gd", "adam"):
@@ -461,6 +494,32 @@ def test_a_drawn_start_follows_its_generator(schedule: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("init", ["posterior", "prior"])
+@pytest.mark.parametrize("schedule", ["latent", "scale"])
+def test_a_drawn_start_moves_along_with_its_distribution(schedule: str, init: Any) -> None:
+    model = linear_gaussian(FFT1Real(4, scales=[1, 4]))
+    algebra, x = ClosedForm(model), signal(model.decomp)
+    iterates: list[Iterate] = []
+    refiner = MAPRefiner(1, schedule=schedule, rule=Sabotage(0.25), init=init, sample=True)
+    refiner(model, x, seeded(), iterates.append)
+    generator, row, z = seeded(), flat([x])[0], np.full(algebra.numel, 0.25)
+    noise = [
+        torch.randn(2, *s, dtype=torch.float64, generator=generator)[0].flatten().numpy() for s in model.latent_shapes
+    ]
+    first = len(model.subsets[0].layers)
+    for m in range(first, model.depth):
+        layer, slot = algebra.layers[m], algebra.slots[m]
+        if init == "posterior":
+            mean, log_sigma = algebra.mean(m, z, row), layer.posterior_log_sigma
+        else:
+            mean, log_sigma = algebra.prior_mean(m, z), layer.log_sigma
+        found = iterates[m].latents[0] if schedule == "latent" else iterates[1].latents[m - first]
+        expected = mean + np.exp(log_sigma.detach().numpy()) * noise[m]
+        np.testing.assert_allclose(found[0].flatten().numpy(), expected, atol=1e-12)
+        # Latent by latent, the next one sees where this one went.
+        z[slot] = 0.25 if schedule == "latent" else expected
+
+
 # What surrounds it.
 
 
@@ -572,6 +631,7 @@ def test_complex_signals(schedule: str, dtype: torch.dtype) -> None:
         ("latent", 2, [(1, 2), (1, 2), (4, 2), (4, 2)]),
         ("scale", [3, 1], [(1, 3), (4, 1)]),
         ("scale", {4: 2, 1: 0}, [(1, 0), (4, 2)]),
+        ("parallel", 2, [(4, 2)]),
         ("joint", {1: 3, 4: 3}, [(4, 3)]),
     ],
 )
@@ -594,7 +654,7 @@ def test_callback_and_history(schedule: str, steps: Any, problems: list[tuple[in
     assert history.seconds == [i.seconds for i in iterates] == sorted(history.seconds)
     for name in ("objective", "data", "nll"):
         assert getattr(history, name) == pytest.approx([float(getattr(i, name).mean()) for i in iterates])
-    if schedule == "joint":
+    if schedule in ("parallel", "joint"):
         before = objective(model, iterates[0].latents, x)
         torch.testing.assert_close(iterates[0].objective, before)
         assert_equal(iterates[0].latents, model.encode(x).latents)

@@ -70,7 +70,9 @@ def draw(results: list[dict[str, Any]], device: str) -> Figure:
 def main() -> None:
     """Measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16, 27], help="layers of each of 6 scales")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16, 27], help="layers of each of 6 scales"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)

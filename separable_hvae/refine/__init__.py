@@ -3,7 +3,7 @@
 from separable_hvae.refine.problem import Problem
 from separable_hvae.refine.refiner import History, Iterate, MAPRefiner, Refiner
 from separable_hvae.refine.rules import Adam, GradientDescent, Rule
-from separable_hvae.refine.schedules import Joint, Latent, Scale, Schedule
+from separable_hvae.refine.schedules import Joint, Latent, Parallel, Scale, Schedule
 
 __all__ = [
     "Adam",
@@ -13,6 +13,7 @@ __all__ = [
     "Joint",
     "Latent",
     "MAPRefiner",
+    "Parallel",
     "Problem",
     "Refiner",
     "Rule",

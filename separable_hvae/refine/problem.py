@@ -22,6 +22,7 @@ class Problem:
         steps: Number of steps to take.
         objective: Maps latents to the terms of their objective.
         joint: Whether the objective spans the whole hierarchy.
+        settle: Maps latents and the number of steps done to where they go on from.
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class Problem:
         objective: Callable[[list[Tensor]], Terms],
         *,
         joint: bool = False,
+        settle: Callable[[list[Tensor], int], list[Tensor]] | None = None,
     ) -> None:
         self.latents = [z.detach() for z in latents]
         self.scales = list(scales)
         self.all_scales = list(all_scales)
         self.steps = steps
         self.joint = joint
+        self.settle = settle or (lambda latents, _: latents)
         self._objective = objective
         self.terms: Terms | None = None
 

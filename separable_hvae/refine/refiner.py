@@ -87,7 +87,7 @@ class Refiner(ABC):
         guidance: Weight β of the data term, one number or by scale.
         loss: ``"l2"`` (the model's likelihood), ``"l1"`` (Laplace of the same variance), or a callable
             ``(h_hat, h) -> (B,)`` in nats.
-        schedule: ``"latent"``, ``"scale"``, ``"joint"``, or a :class:`Schedule`.
+        schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, or a :class:`Schedule`.
         init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior (fully
             iterative), a list of L tensors from these.
         sample: Start from a draw instead of the mean.
@@ -181,7 +181,7 @@ class Refiner(ABC):
                         _record(history, iterate)
                         if callback is not None:
                             callback(iterate)
-                        problem.latents = latents
+                        problem.latents = problem.settle(latents, n + 1)
             with torch.no_grad():
                 passes, refused = _no_worse(run)
                 result = model.result(passes, x.dtype, seen.x)
@@ -196,7 +196,7 @@ class MAPRefiner(Refiner):
         step_size: Step size λ, one number or by scale; ``None`` takes the rule's own.
         guidance: Weight β of the data term, one number or by scale.
         loss: ``"l2"``, ``"l1"`` or a callable, see :class:`Refiner`.
-        schedule: ``"latent"``, ``"scale"``, ``"joint"``, or a :class:`Schedule`.
+        schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, or a :class:`Schedule`.
         rule: ``"adam"``, ``"gd"``, or a :class:`Rule`.
         init: ``"posterior"``, ``"prior"`` or a list of latents, see :class:`Refiner`.
         sample: Start from a draw instead of the mean.
@@ -300,7 +300,9 @@ def _record(history: History, iterate: Iterate) -> None:
 
 def check_by_scale(name: str, value: ByScale) -> None:
     """Check a setting's numbers as far as they can be checked without a model's scales."""
-    scales = list(value) if isinstance(value, Mapping) else list(range(len(value))) if isinstance(value, Sequence) else [1]
+    scales = (
+        list(value) if isinstance(value, Mapping) else list(range(len(value))) if isinstance(value, Sequence) else [1]
+    )
     checked = by_scale(name, value, scales)
     if name == "steps" and not all(isinstance(v, int) for v in checked.values()):
         raise TypeError(f"steps must be integers, got {value!r}")

@@ -81,7 +81,9 @@ class Adam(Rule):
         b1, b2 = self.betas
         count += 1
         means = torch._foreach_lerp(means, gradients, 1 - b1)
-        squares = torch._foreach_add(torch._foreach_mul(squares, b2), torch._foreach_mul(gradients, gradients), alpha=1 - b2)
+        squares = torch._foreach_add(
+            torch._foreach_mul(squares, b2), torch._foreach_mul(gradients, gradients), alpha=1 - b2
+        )
         moved = [
             z - size / (1 - b1**count) * m / ((v / (1 - b2**count)).sqrt() + self.eps)
             for z, m, v, size in zip(latents, means, squares, sizes, strict=True)

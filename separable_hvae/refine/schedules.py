@@ -2,6 +2,7 @@ r"""Schedules: which latents move when, and against which objective.
 
     latent    for each latent: its own prior, the later priors of its subset, its band     Algorithm 1
     scale     all latents of a subset at once: their priors and their band                 eq. 6, by subset
+    parallel  every latent at once, each subset against its own priors and band            eq. 6, pipelined
     joint     every latent at once: all priors and all bands                               full MAP
 
 ``latent`` and ``scale`` go top-down with everything coarser fixed and everything finer ignored, which
@@ -105,6 +106,69 @@ class Latent(Schedule):
         run.latents = latents
 
 
+class Parallel(Schedule):
+    """All subsets in one step, each against its own objective, so that none waits for another.
+
+    A subset uses the context that the coarser one produced a step earlier: refreshing it costs nothing.
+    Now and then each latent is recentred on what the encoder would say under the new context,
+    ``z ← z + μ_q(new context) − μ_q(old context)``. It takes one number of steps.
+
+    Args:
+        recentre: Steps between recentrings; 0 never recentres.
+    """
+
+    def __init__(self, recentre: int = 5) -> None:
+        if recentre < 0:
+            raise ValueError(f"recentre must be at least 0, got {recentre}")
+        self.recentre = recentre
+
+    @override
+    def problems(self, run: Run) -> Iterator[Problem]:
+        steps, subsets = _one_number(run, "parallel"), run.model.subsets
+        counts = [len(subset.scales) for subset in subsets]
+        passes = reached = run.start
+        with torch.no_grad():
+            bands = [step.band for step in passes]
+            aims = [run.target(i, bands[:i]) for i in range(len(subsets))]
+
+        def guesses() -> list[Tensor] | None:
+            if run.init != "posterior":
+                return None
+            means: list[Tensor] = []
+            with torch.no_grad():
+                for subset, step, (_, evidence) in zip(subsets, passes, aims, strict=True):
+                    assert evidence is not None
+                    layers = zip(subset.layers, step.contexts, evidence, strict=True)
+                    means += [layer.guess(context, e).mean for layer, context, e in layers]
+            return means
+
+        def objective(z: list[Tensor]) -> Terms:
+            nonlocal reached
+            contexts = [run.context, *(step.context.detach() for step in passes[:-1])]
+            split = torch.tensor(counts).cumsum(0).tolist()
+            parts = [z[end - n : end] for end, n in zip(split, counts, strict=True)]
+            reached = [s(context, part) for s, context, part in zip(subsets, contexts, parts, strict=True)]
+            terms = [run.objective.subset(i, step, aims[i][0]) for i, step in enumerate(reached)]
+            return Terms(torch.stack([t.nll for t in terms]).sum(0), torch.stack([t.data for t in terms]).sum(0))
+
+        centres = guesses()
+
+        def settle(latents: list[Tensor], done: int) -> list[Tensor]:
+            nonlocal passes, centres
+            # Contexts change between steps only: a rule may ask for several gradients of one objective.
+            passes = reached
+            if centres is None or not self.recentre or done % self.recentre:
+                return latents
+            old, centres = centres, guesses()
+            assert centres is not None
+            return [z + new - before for z, new, before in zip(latents, centres, old, strict=True)]
+
+        scales = run.model.scales
+        problem = Problem(run.start_latents, run.model.layer_scales, scales, steps, objective, settle=settle)
+        yield problem
+        run.latents = problem.latents
+
+
 class Joint(Schedule):
     """Every latent at once, one backward pass through the whole decoder.
 
@@ -113,17 +177,28 @@ class Joint(Schedule):
 
     @override
     def problems(self, run: Run) -> Iterator[Problem]:
-        if len(set(run.steps.values())) > 1:
-            raise ValueError(f"schedule 'joint' moves every latent in each step: steps must be one number, got {run.steps}")
-
         def objective(z: list[Tensor]) -> Terms:
             return run.objective.total(run.model.top_down(z, run.batch))
 
         problem = Problem(
-            run.start_latents, run.model.layer_scales, run.model.scales, max(run.steps.values()), objective, joint=True
+            run.start_latents,
+            run.model.layer_scales,
+            run.model.scales,
+            _one_number(run, "joint"),
+            objective,
+            joint=True,
         )
         yield problem
         run.latents = problem.latents
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"latent": Latent, "scale": Scale, "joint": Joint}
+def _one_number(run: Run, schedule: str) -> int:
+    """The number of steps of a schedule that moves every latent in each step."""
+    if len(numbers := set(run.steps.values())) > 1:
+        raise ValueError(
+            f"schedule {schedule!r} moves every latent in each step: steps must be one number, got {run.steps}"
+        )
+    return numbers.pop()
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"latent": Latent, "scale": Scale, "parallel": Parallel, "joint": Joint}
