@@ -66,7 +66,9 @@ def _gallery(columns: Sequence[tuple[str, Tensor, float, float]]) -> "Figure":
     for j, (title, signals, low, high) in enumerate(columns):
         grid[0][j].set_title(title, fontsize=8)
         for i in range(rows):
-            grid[i][j].imshow(_pixels(signals[i], low, high).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            grid[i][j].imshow(
+                _pixels(signals[i], low, high).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+            )
             grid[i][j].set_axis_off()
     return figure
 

@@ -7,20 +7,19 @@ to save. Schedules are functions of progress, the share of the steps or of the t
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from separable_hvae.batches import Batches, check_finite, mix
+from separable_hvae.checkpoint import TrainingState
 from separable_hvae.decomposition import pack
 from separable_hvae.hvae import HVAE
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _CHECKPOINT = "checkpoint.safetensors"
-_ARMED_AFTER = 100  # Steps before gradient norms count as typical.
-_MOST_SKIPS = 3  # Steps skipped in a row at most.
 _ACTIVE_NATS = 0.01
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -128,16 +125,18 @@ def fit(
     accelerator = accelerator or Accelerator()
     device = accelerator.device
     model.to(device)
-    batches = _Batches(model, data, batch_size, seed, workers, accelerator.process_index, accelerator.num_processes)
+    batches = Batches(model, data, batch_size, seed, workers, accelerator.process_index, accelerator.num_processes)
     if not int(model.calibrated):
         model.calibrate(batches.some(4096))
     if heldout is not None:
-        _check_finite("heldout", model.decomp.check_signal(heldout, "heldout"))
+        check_finite("heldout", model.decomp.check_signal(heldout, "heldout"))
     model.train()
     model.zero_grad()
     optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=learning_rate)
     averaged = AveragedModel(model, multi_avg_fn=_ema_update(ema))
-    state = _State(model, averaged, optimizer, settings={"seed": seed, "batch_size": batch_size, **batches.fingerprint})
+    state = TrainingState(
+        model, averaged, optimizer, settings={"seed": seed, "batch_size": batch_size, **batches.fingerprint}
+    )
     path = Path(checkpoint) / _CHECKPOINT if checkpoint is not None else None
     if path is not None and path.exists():
         state.load(path)
@@ -165,9 +164,10 @@ def fit(
             if done >= 1:
                 break
             rate = learning_rate * min(1.0, done / warmup if warmup else 1.0) * 0.5 * (1 + math.cos(math.pi * done))
+            rate = max(rate, 1e-3 * learning_rate)
             for group in optimizer.param_groups:
-                group["lr"] = max(rate, 1e-3 * learning_rate)
-            noise.manual_seed(_mix(seed, state.step, accelerator.process_index))
+                group["lr"] = rate
+            noise.manual_seed(mix(seed, state.step, accelerator.process_index))
             x = batch.to(device)
             if augment is not None:
                 x = augment(x, noise)
@@ -268,172 +268,8 @@ def evaluate(model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0)
     }
 
 
-def _check_finite(name: str, x: Tensor) -> None:
-    if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
-
-
 def _squares(a: Tensor, b: Tensor) -> Tensor:
     return (pack(a) - pack(b)).square().flatten(1).mean(1).sum()
-
-
-class _Batches:
-    """Batch k of a run, as a function of the seed and k alone."""
-
-    def __init__(
-        self,
-        model: HVAE,
-        data: "Tensor | Dataset[Tensor]",
-        batch_size: int,
-        seed: int,
-        workers: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.data, self.batch, self.seed, self.workers = data, batch_size, seed, workers
-        self.rank, self.world, self.decomp = rank, world, model.decomp
-        self.count = len(data)  # type: ignore[arg-type]
-        if not self.count:
-            raise ValueError("data must hold at least one signal")
-        if isinstance(data, Tensor):
-            self.data = model.decomp.check_signal(data, "data").to(model.start.device)
-            _check_finite("data", self.data)
-        probe = pack(self.some(min(64, self.count))).double().abs()
-        self.fingerprint = {"count": self.count, "probe": float(f"{float(probe.sum()):.10g}")}
-
-    def some(self, n: int) -> Tensor:
-        """The first signals, at most ``n``."""
-        if isinstance(self.data, Tensor):
-            return self.data[:n]
-        items = [self.data[i] for i in range(min(n, self.count))]
-        for item in items:
-            if not isinstance(item, Tensor):
-                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {type(item).__name__}")
-        return self.decomp.check_signal(torch.stack(items), "data")
-
-    def _indices(self, first: int) -> Iterator[list[int]]:
-        stride = self.batch * self.world
-        per_epoch = max(self.count // stride, 1)
-        order, epoch = torch.empty(0), -1
-        for k in range(first, 2**62):
-            if k // per_epoch != epoch:
-                epoch = k // per_epoch
-                order = torch.randperm(
-                    self.count, generator=torch.Generator().manual_seed(_mix(self.seed, epoch, 1 << 20))
-                )
-            begin = (k % per_epoch) * stride + self.rank * self.batch
-            yield order[begin : begin + self.batch].tolist()
-
-    def start_at(self, step: int) -> Iterator[Tensor]:
-        if isinstance(self.data, Tensor):
-            for index in self._indices(step):
-                yield self.data[torch.tensor(index, device=self.data.device)]
-        else:
-            yield from DataLoader(
-                self.data,
-                batch_sampler=cast(Any, _Forward(self._indices(step))),
-                num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator().manual_seed(_mix(self.seed, step, 2 << 20)),
-            )
-
-
-@dataclass
-class _Forward:
-    indices: Iterator[list[int]]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.indices
-
-
-class _State:
-    """What a checkpoint holds: weights, their average, the optimizer's moments and counters."""
-
-    def __init__(
-        self, model: HVAE, averaged: AveragedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-    ):
-        self.model, self.averaged, self.optimizer, self.settings = model, averaged, optimizer, settings
-        self.step, self.seconds = 0, 0.0
-        self.norm, self.in_a_row, self.skipped = 0.0, 0, 0
-
-    @property
-    def typical_norm(self) -> float:
-        """Running mean of gradient norms, infinite until there is one."""
-        return self.norm or math.inf
-
-    def judge(self, norm: float, skip: float) -> bool:
-        """Whether to skip a step of this gradient norm; otherwise take the norm into account."""
-        finite = math.isfinite(norm)
-        wild = not finite or (self.step >= _ARMED_AFTER and norm > skip * self.typical_norm)
-        if wild and self.in_a_row >= _MOST_SKIPS:
-            if not finite:
-                raise FloatingPointError(
-                    f"the gradient was not finite {self.in_a_row + 1} times in a row, at step {self.step}"
-                )
-            wild = False
-        self.in_a_row = self.in_a_row + 1 if wild else 0
-        self.skipped += wild
-        if finite:
-            # A wild norm counts too, capped: where norms do grow for good, the threshold follows.
-            typical = self.norm or norm
-            self.norm += (min(norm, skip * typical) - self.norm) * (0.02 if self.norm else 1.0)
-        return wild
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.averaged.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-        return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-
-    def save(self, path: Path) -> None:
-        counters = {k: getattr(self, k) for k in ("step", "seconds", "norm", "in_a_row", "skipped")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(
-            self._tensors(), partial, metadata={"counters": json.dumps(counters), "settings": json.dumps(self.settings)}
-        )
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-    def load(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-            counters, settings = json.loads(metadata["counters"]), json.loads(metadata["settings"])
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no checkpoint of a training run: {error}") from error
-        self._require_same_model(path, tensors)
-        if settings != self.settings:
-            changed = {k: (settings.get(k), v) for k, v in self.settings.items() if settings.get(k) != v}
-            raise ValueError(f"{path} belongs to a run with other settings or data (there, here): {changed}")
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-
-        self.model.load_state_dict(part("model."))
-        self.averaged.load_state_dict(part("average."))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        for name, value in counters.items():
-            setattr(self, name, value)
-
-    def _require_same_model(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        # Looked at before anything is loaded, so that a model stays as it was if it is refused.
-        here = {f"model.{k}": tuple(v.shape) for k, v in self.model.state_dict().items()}
-        there = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith("model.")}
-        differing = [k for k in here | there if here.get(k) != there.get(k)]
-        if differing:
-            k = differing[0]
-            raise ValueError(
-                f"{path} belongs to another model: {len(differing)} parameters or buffers differ, the first is "
-                f"{k.removeprefix('model.')} with shape {there.get(k)} there and {here.get(k)} here"
-            )
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -451,14 +287,6 @@ def _ema_update(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], T
         torch._foreach_lerp_(list(averages), list(current), weight)
 
     return update
-
-
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers, spread over 63 bits."""
-    mixed = 0
-    for n in numbers:
-        mixed = ((mixed ^ n) * 6364136223846793005 + 1442695040888963407) % 2**64
-    return mixed >> 1
 
 
 def _check_options(

@@ -366,10 +366,11 @@ STARTS: dict[str, Callable[[], HVAE]] = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("make", STARTS.values(), ids=STARTS)
-def test_never_worse_than_the_start(make: Callable[[], HVAE], schedule: str) -> None:
-    model = make()
+@pytest.mark.parametrize(
+    ("name", "schedule"), [*product(("fft", "frame"), SCHEDULES), ("float32", "scale"), ("float32", "joint")]
+)
+def test_never_worse_than_the_start(name: str, schedule: str) -> None:
+    model = STARTS[name]()
     dtype = model.start.dtype
     # In single precision the objectives measured here carry rounding of their own.
     slack = 1e-5 if dtype == torch.float64 else 2e-5

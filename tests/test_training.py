@@ -83,20 +83,20 @@ class Waves(Dataset[Tensor]):
 def test_the_loss_falls(as_dataset: bool) -> None:
     model = fresh()
     before = evaluate(model, waves())["loss"]
-    report = train(model, Waves(waves()) if as_dataset else waves(), steps=80, learning_rate=1e-2)
+    report = train(model, Waves(waves()) if as_dataset else waves(), steps=50, learning_rate=1e-2)
     losses = [r["loss"] for r in report.records]
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.2
     assert evaluate(model, waves())["loss"] < before - 0.2
     assert not model.training
     assert not report.interrupted
-    assert report.steps == 80
+    assert report.steps == 50
     assert report.seconds > 0
 
 
 def test_complex_data() -> None:
     model = tiny(FFT1Complex(4), perturbed=False, layers=1)
     data = torch.complex(waves(), 0.5 * waves())
-    report = train(model, data, steps=60, learning_rate=1e-2)
+    report = train(model, data, steps=30, learning_rate=1e-2)
     assert np.mean([r["loss"] for r in report.records[-10:]]) < np.mean([r["loss"] for r in report.records[:10]])
     assert model.encode(data).reconstruction.is_complex()
 
@@ -517,6 +517,6 @@ def test_the_model_must_be_one() -> None:
 
 def test_vanilla_models_train_too() -> None:
     model = tiny(Identity((4,), channels=1), perturbed=False, layers=1, sigma="learned")
-    report = train(model, steps=40, learning_rate=1e-2)
+    report = train(model, steps=20, learning_rate=1e-2)
     assert report.records[-1]["loss"] < report.records[0]["loss"]
     assert float(model.sigma.detach()) != pytest.approx(0.1)

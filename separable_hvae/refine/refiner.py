@@ -39,8 +39,8 @@ class Iterate:
         step: Number of the step within it.
         scales: The scale of each latent that moves.
         latents: These latents.
-        nll: Their ``−log p(z)``, in nats: ``(B,)``.
-        data: Their data term, guidance included, in nats: ``(B,)``.
+        nll: ``−log p(z)`` of the latents in the problem's objective, in nats: ``(B,)``.
+        data: Its data term, guidance included, in nats: ``(B,)``.
         seconds: Time since the refiner was called.
     """
 

@@ -157,7 +157,7 @@ class Parallel(Schedule):
             nonlocal passes, centres
             # Contexts change between steps only: a rule may ask for several gradients of one objective.
             passes = reached
-            if centres is None or not self.recentre or done % self.recentre:
+            if centres is None or not self.recentre or done % self.recentre or done == steps:
                 return latents
             old, centres = centres, guesses()
             assert centres is not None

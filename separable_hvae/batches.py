@@ -1,0 +1,94 @@
+"""Batch k of a training run, as a function of the seed and k alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from separable_hvae.decomposition import pack
+from separable_hvae.hvae import HVAE
+
+
+class Batches:
+    """Batch k of a run, as a function of the seed and k alone."""
+
+    def __init__(
+        self,
+        model: HVAE,
+        data: "Tensor | Dataset[Tensor]",
+        batch_size: int,
+        seed: int,
+        workers: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.data, self.batch, self.seed, self.workers = data, batch_size, seed, workers
+        self.rank, self.world, self.decomp = rank, world, model.decomp
+        self.count = len(data)  # type: ignore[arg-type]
+        if not self.count:
+            raise ValueError("data must hold at least one signal")
+        if isinstance(data, Tensor):
+            self.data = model.decomp.check_signal(data, "data").to(model.start.device)
+            check_finite("data", self.data)
+        probe = pack(self.some(min(64, self.count))).double().abs()
+        self.fingerprint = {"count": self.count, "probe": float(f"{float(probe.sum()):.10g}")}
+
+    def some(self, n: int) -> Tensor:
+        """The first signals, at most ``n``."""
+        if isinstance(self.data, Tensor):
+            return self.data[:n]
+        items = [self.data[i] for i in range(min(n, self.count))]
+        for item in items:
+            if not isinstance(item, Tensor):
+                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {type(item).__name__}")
+        return self.decomp.check_signal(torch.stack(items), "data")
+
+    def _indices(self, first: int) -> Iterator[list[int]]:
+        stride = self.batch * self.world
+        per_epoch = max(self.count // stride, 1)
+        order, epoch = torch.empty(0), -1
+        for k in range(first, 2**62):
+            if k // per_epoch != epoch:
+                epoch = k // per_epoch
+                order = torch.randperm(
+                    self.count, generator=torch.Generator().manual_seed(mix(self.seed, epoch, 1 << 20))
+                )
+            begin = (k % per_epoch) * stride + self.rank * self.batch
+            yield order[begin : begin + self.batch].tolist()
+
+    def start_at(self, step: int) -> Iterator[Tensor]:
+        if isinstance(self.data, Tensor):
+            for index in self._indices(step):
+                yield self.data[torch.tensor(index, device=self.data.device)]
+        else:
+            yield from DataLoader(
+                self.data,
+                batch_sampler=cast(Any, _Forward(self._indices(step))),
+                num_workers=self.workers,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator().manual_seed(mix(self.seed, step, 2 << 20)),
+            )
+
+
+@dataclass
+class _Forward:
+    indices: Iterator[list[int]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.indices
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers, spread over 63 bits."""
+    mixed = 0
+    for n in numbers:
+        mixed = ((mixed ^ n) * 6364136223846793005 + 1442695040888963407) % 2**64
+    return mixed >> 1

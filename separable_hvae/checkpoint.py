@@ -1,0 +1,108 @@
+"""What a training run must keep to go on exactly where it stopped, in one safetensors file."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from separable_hvae.hvae import HVAE
+
+_ARMED_AFTER = 100  # Steps before gradient norms count as typical.
+_MOST_SKIPS = 3  # Steps skipped in a row at most.
+
+
+class TrainingState:
+    """What a checkpoint holds: weights, their average, the optimizer's moments and counters."""
+
+    def __init__(
+        self, model: HVAE, averaged: AveragedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
+    ):
+        self.model, self.averaged, self.optimizer, self.settings = model, averaged, optimizer, settings
+        self.step, self.seconds = 0, 0.0
+        self.norm, self.in_a_row, self.skipped = 0.0, 0, 0
+
+    @property
+    def typical_norm(self) -> float:
+        """Running mean of gradient norms, infinite until there is one."""
+        return self.norm or math.inf
+
+    def judge(self, norm: float, skip: float) -> bool:
+        """Whether to skip a step of this gradient norm; otherwise take the norm into account."""
+        finite = math.isfinite(norm)
+        wild = not finite or (self.step >= _ARMED_AFTER and norm > skip * self.typical_norm)
+        if wild and self.in_a_row >= _MOST_SKIPS:
+            if not finite:
+                raise FloatingPointError(
+                    f"the gradient was not finite {self.in_a_row + 1} times in a row, at step {self.step}"
+                )
+            wild = False
+        self.in_a_row = self.in_a_row + 1 if wild else 0
+        self.skipped += wild
+        if finite:
+            # A wild norm counts too, capped: where norms do grow for good, the threshold follows.
+            typical = self.norm or norm
+            self.norm += (min(norm, skip * typical) - self.norm) * (0.02 if self.norm else 1.0)
+        return wild
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.averaged.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+
+    def save(self, path: Path) -> None:
+        counters = {k: getattr(self, k) for k in ("step", "seconds", "norm", "in_a_row", "skipped")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(
+            self._tensors(), partial, metadata={"counters": json.dumps(counters), "settings": json.dumps(self.settings)}
+        )
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+            counters, settings = json.loads(metadata["counters"]), json.loads(metadata["settings"])
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no checkpoint of a training run: {error}") from error
+        self._require_same_model(path, tensors)
+        if settings != self.settings:
+            changed = {k: (settings.get(k), v) for k, v in self.settings.items() if settings.get(k) != v}
+            raise ValueError(f"{path} belongs to a run with other settings or data (there, here): {changed}")
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+
+        self.model.load_state_dict(part("model."))
+        self.averaged.load_state_dict(part("average."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in part("optimizer.").items():
+            i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        for name, value in counters.items():
+            setattr(self, name, value)
+
+    def _require_same_model(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        # Looked at before anything is loaded, so that a model stays as it was if it is refused.
+        here = {f"model.{k}": tuple(v.shape) for k, v in self.model.state_dict().items()}
+        there = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith("model.")}
+        differing = [k for k in here | there if here.get(k) != there.get(k)]
+        if differing:
+            k = differing[0]
+            raise ValueError(
+                f"{path} belongs to another model: {len(differing)} parameters or buffers differ, the first is "
+                f"{k.removeprefix('model.')} with shape {there.get(k)} there and {here.get(k)} here"
+            )
