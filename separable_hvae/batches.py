@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from separable_hvae.decomposition import pack
+from separable_hvae.decomposition import check_finite, pack
 from separable_hvae.hvae import HVAE
 
 
@@ -60,6 +60,7 @@ class Batches:
             yield order[begin : begin + self.batch].tolist()
 
     def start_at(self, step: int) -> Iterator[Tensor]:
+        """Batches from this step on, without end."""
         if isinstance(self.data, Tensor):
             for index in self._indices(step):
                 yield self.data[torch.tensor(index, device=self.data.device)]
@@ -79,11 +80,6 @@ class _Forward:
 
     def __iter__(self) -> Iterator[list[int]]:
         return self.indices
-
-
-def check_finite(name: str, x: Tensor) -> None:
-    if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 def mix(*numbers: int) -> int:

@@ -59,6 +59,7 @@ class TrainingState:
         return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
     def save(self, path: Path) -> None:
+        """Write the checkpoint to a temporary file and rename it."""
         counters = {k: getattr(self, k) for k in ("step", "seconds", "norm", "in_a_row", "skipped")}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -70,6 +71,12 @@ class TrainingState:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: If the file is damaged, or belongs to another model, data or setting; nothing has
+                changed then.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118

@@ -92,6 +92,12 @@ def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
     return torch.view_as_complex(rearrange(y, "b (c two) ... -> b c ... two", two=2).contiguous())
 
 
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise a ``ValueError`` if a tensor holds NaN or infinity."""
+    if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
 class Decomposition(nn.Module, ABC):
     """Invertible linear map between a signal ``(B, C, *size)`` and its bands, coarse to fine.
 

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from separable_hvae.blocks import Encoder
 from separable_hvae.calibration import BandMoments, units
-from separable_hvae.decomposition import Decomposition, full_precision, pack
+from separable_hvae.decomposition import Decomposition, check_finite, full_precision, pack
 from separable_hvae.heads import HEADS, ScaleHead
 from separable_hvae.saving import Pretrained
 from separable_hvae.subset import Evidence, Subset, SubsetPass
@@ -246,8 +246,7 @@ class HVAE(Pretrained, nn.Module):
         x = self.decomp.check_signal(x)
         if x.device != self.start.device:
             raise ValueError(f"x is on {x.device}, the model on {self.start.device}")
-        if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
-            raise ValueError("x must be finite, got NaN or infinity")
+        check_finite("x", x)
         double = self.start.dtype == torch.float64
         x = x.to(
             (torch.complex128 if double else torch.complex64)
@@ -411,8 +410,7 @@ class HVAE(Pretrained, nn.Module):
         moments: list[BandMoments] = []
         for batch in data.split(256) if isinstance(data, Tensor) else data:
             x = self.decomp.check_signal(batch, "data").to(self.start.device)
-            if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
-                raise ValueError("data must be finite, got NaN or infinity")
+            check_finite("data", x)
             if len(x):
                 with full_precision(x.device):
                     here = [BandMoments.of(band) for band in self.decomp.analysis(x)]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
-from separable_hvae.batches import Batches, check_finite, mix
+from separable_hvae.batches import Batches, mix
 from separable_hvae.checkpoint import TrainingState
-from separable_hvae.decomposition import pack
+from separable_hvae.decomposition import check_finite, pack
 from separable_hvae.hvae import HVAE
 
 if TYPE_CHECKING:
