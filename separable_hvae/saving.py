@@ -56,7 +56,7 @@ class Pretrained(nn.Module):
             TypeError: If something cannot be saved: what a decomposition of your own was built with
                 (see :meth:`Decomposition.config`), or state that is no tensor of a usual dtype.
         """
-        kind, arguments = type(self.decomp), _arguments(self.decomp)
+        kind, arguments = type(self.decomp), plain("config() of the decomposition", self.decomp.config())
         try:
             _rebuilt(kind, arguments)
         except Exception as error:
@@ -224,15 +224,10 @@ def _class(
     return found
 
 
-def _arguments(decomp: Decomposition) -> dict[str, Any]:
-    arguments: dict[str, Any] = plain(f"{type(decomp).__name__}.config()", decomp.config())
-    return arguments
-
-
 def _rebuilt(kind: type[Decomposition], arguments: dict[str, Any]) -> Decomposition:
     with torch.random.fork_rng(devices=[]):
         decomp = kind(**arguments)
-    if (now := _arguments(decomp)) != arguments:
+    if (now := plain("config()", decomp.config())) != arguments:
         raise ValueError(f"built with {arguments}, its config() gives {now}")
     return decomp
 

@@ -265,8 +265,10 @@ def test_tensors_with_several_names_are_stored_once_and_stay_shared(tmp_path: Pa
 
 def test_tensors_that_share_memory_are_stored_apart(tmp_path: Path) -> None:
     model = small(Turned(4))
-    model.decomp.table = torch.ones((), dtype=torch.float64).expand(4)
-    model.decomp.register_buffer("other", model.decomp.get_buffer("table")[1:])
+    model.decomp.table = torch.arange(4.0)
+    model.decomp.register_buffer("whole", model.decomp.get_buffer("table").view(2, 2))
+    model.decomp.register_buffer("part", model.decomp.get_buffer("table")[1:])
+    model.decomp.register_buffer("wide", torch.ones(()).expand(4))
     model.decomp.get_parameter("basis").data = torch.arange(16.0).reshape(4, 4).T
     model.save_pretrained(tmp_path)
     stored = safetensors.torch.load_file(tmp_path / WEIGHTS)
