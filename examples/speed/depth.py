@@ -62,6 +62,9 @@ def draw(results: list[dict[str, Any]], device: str) -> Figure:
         axes.loglog(depth, [1e3 * r["median"] for r in runs], marker="o", label=name)
         axes.fill_between(depth, [1e3 * r["low"] for r in runs], [1e3 * r["high"] for r in runs], alpha=0.2)
     axes.set(xlabel="stochastic layers L", ylabel="one step on every latent, ms", title=device)
+    depths = sorted({r["depth"] for r in results})
+    axes.set_xticks(depths, [str(d) for d in depths])
+    axes.minorticks_off()
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
     return figure
