@@ -247,12 +247,7 @@ class HVAE(Pretrained, nn.Module):
         if x.device != self.start.device:
             raise ValueError(f"x is on {x.device}, the model on {self.start.device}")
         check_finite("x", x)
-        double = self.start.dtype == torch.float64
-        x = x.to(
-            (torch.complex128 if double else torch.complex64)
-            if x.is_complex()
-            else (torch.float64 if double else torch.float32)
-        )
+        x = x.to(self._signal_dtype(self._precision))
         activations = self.encoder(pack(x).to(self.start.dtype))
         targets = None
         if self.decomp.orthonormal:
@@ -476,8 +471,12 @@ class HVAE(Pretrained, nn.Module):
             raise ValueError(
                 f"latents must hold {len(full)} tensors, one for each layer, for {batch} signals, got {got}"
             )
-        dtype = torch.float64 if self.start.dtype == torch.float64 else torch.float32
-        return [z.detach().to(self.start.device, dtype) for z in given]
+        return [z.detach().to(self.start.device, self._precision) for z in given]
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """The real dtype of everything outside the networks: float32, or float64 in a float64 model."""
+        return torch.float64 if self.start.dtype == torch.float64 else torch.float32
 
     def _signal_dtype(self, real: torch.dtype) -> torch.dtype:
         if not self.decomp.is_complex:

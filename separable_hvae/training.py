@@ -249,7 +249,8 @@ def evaluate(model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0)
         loss -= float(result.elbo.double().sum())
         layers += result.kl.double().sum(0).cpu()
         mse += float(_squares(result.reconstruction, x))
-        mse_mean += float(_squares(model.encode(x).reconstruction, x))
+        means = model.top_down([None] * model.depth, len(x), seen, temperature=0.0)
+        mse_mean += float(_squares(model.result(means, x.dtype).reconstruction, x))
         pairs = [(q, p) for step in passes for q, p in zip(step.posteriors, step.priors, strict=True) if q is not None]
         batch_units = [q.kl_elements(p).sum(0).flatten() for q, p in pairs]
         units = [u + b for u, b in zip(units, batch_units, strict=True)] if units else batch_units

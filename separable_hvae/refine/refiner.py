@@ -185,7 +185,7 @@ class Refiner(ABC):
             with torch.no_grad():
                 passes, refused = _no_worse(run)
                 result = model.result(passes, x.dtype, seen.x)
-        return replace(result, kl=None if any(steps.values()) else _kl(run), history=history, refused=refused)
+        return replace(result, history=history, refused=refused)
 
 
 class MAPRefiner(Refiner):
@@ -274,11 +274,6 @@ def _no_worse(run: Run) -> tuple[list[SubsetPass], Tensor]:
         kept = [torch.where(r, old, new) for r, old, new in zip(rows, run.start_latents, run.latents, strict=True)]
         passes = run.model.top_down(kept, run.batch)
     return passes, refused
-
-
-def _kl(run: Run) -> Tensor | None:
-    pairs = [(q, p) for step in run.start for q, p in zip(step.posteriors, step.priors, strict=True)]
-    return torch.stack([q.kl(p) for q, p in pairs if q is not None], dim=1) if run.init == "posterior" else None
 
 
 def _iterate(number: int, step: int, problem: Problem, seconds: float) -> Iterate:
