@@ -2,11 +2,12 @@
 
 from separable_hvae._version import __version__
 from separable_hvae.decomposition import Decomposition, Identity
+from separable_hvae.evaluation import evaluate
 from separable_hvae.fourier import FFT1Complex, FFT1Real, FFT2Complex, FFT2Real, FFT3Complex, FFT3Real
 from separable_hvae.heads import CoefficientHead, GridHead, ScaleHead
 from separable_hvae.hvae import HVAE, Result
 from separable_hvae.refine import MAPRefiner, Refiner
-from separable_hvae.training import FitReport, evaluate, fit
+from separable_hvae.training import FitReport, fit
 from separable_hvae.wavelet import Wavelet1, Wavelet2, Wavelet3
 
 __all__ = [

@@ -1,5 +1,6 @@
 """What a training run must keep to go on exactly where it stopped, in one safetensors file."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,7 +25,9 @@ class TrainingState:
     def __init__(
         self, model: HVAE, averaged: AveragedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
     ):
-        self.model, self.averaged, self.optimizer, self.settings = model, averaged, optimizer, settings
+        self.model, self.averaged, self.optimizer = model, averaged, optimizer
+        # As a file gives them back: tuples as lists, keys as strings.
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.step, self.seconds = 0, 0.0
         self.norm, self.in_a_row, self.skipped = 0.0, 0, 0
 
@@ -59,16 +62,26 @@ class TrainingState:
         return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint to a temporary file and rename it."""
+        """Write the checkpoint to a temporary file and rename it.
+
+        Raises:
+            OSError: If it cannot be written, for example to a full disk; an earlier one stays as it was.
+        """
         counters = {k: getattr(self, k) for k in ("step", "seconds", "norm", "in_a_row", "skipped")}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"counters": json.dumps(counters), "settings": json.dumps(self.settings)}
+        content = save(self._tensors(), metadata)
         partial = path.with_suffix(".partial")
-        save_file(
-            self._tensors(), partial, metadata={"counters": json.dumps(counters), "settings": json.dumps(self.settings)}
-        )
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise OSError(f"{path} was not written, an earlier checkpoint is kept: {error}") from error
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -86,7 +99,7 @@ class TrainingState:
             raise ValueError(f"{path} is no checkpoint of a training run: {error}") from error
         self._require_same_model(path, tensors)
         if settings != self.settings:
-            changed = {k: (settings.get(k), v) for k, v in self.settings.items() if settings.get(k) != v}
+            changed = _differences(settings, self.settings)
             raise ValueError(f"{path} belongs to a run with other settings or data (there, here): {changed}")
 
         def part(name: str) -> dict[str, Tensor]:
@@ -113,3 +126,13 @@ class TrainingState:
                 f"{path} belongs to another model: {len(differing)} parameters or buffers differ, the first is "
                 f"{k.removeprefix('model.')} with shape {there.get(k)} there and {here.get(k)} here"
             )
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """What differs, as pairs; ``None`` stands for what one of them lacks."""
+    found: dict[str, Any] = {}
+    for k in [*there, *(k for k in here if k not in there)]:
+        a, b = there.get(k), here.get(k)
+        if a != b:
+            found[k] = _differences(a, b) if isinstance(a, dict) and isinstance(b, dict) else (a, b)
+    return found

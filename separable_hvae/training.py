@@ -5,10 +5,9 @@ run that stops and resumes therefore goes on exactly as if it had never stopped,
 to save. Schedules are functions of progress, the share of the steps or of the time budget that is spent.
 """
 
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,14 +19,17 @@ from torch.utils.data import Dataset
 
 from separable_hvae.batches import Batches, mix
 from separable_hvae.checkpoint import TrainingState
-from separable_hvae.decomposition import check_finite, pack
+from separable_hvae.decomposition import check_finite
+from separable_hvae.evaluation import band_residuals, evaluate
 from separable_hvae.hvae import HVAE
+from separable_hvae.interruption import Interruption
+from separable_hvae.records import Records
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_CHECKPOINT = "checkpoint.safetensors"
-_ACTIVE_NATS = 0.01
+CHECKPOINT = "checkpoint.safetensors"
+"""Name of the checkpoint in its folder."""
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -38,11 +40,12 @@ class FitReport:
 
     Attributes:
         records: One dictionary for each logged step (``step``, ``loss`` and ``data`` in nats/dim, ``kl``
-            per layer in nats, ``grad_norm``, ``learning_rate``, ``signals_per_second``, ``skipped``)
-            or held-out evaluation (``step`` and what :func:`evaluate` gives, prefixed ``heldout_``).
+            per layer in nats, ``residual``, the root mean square error of each band in the data's units,
+            ``grad_norm``, ``learning_rate``, ``signals_per_second``, ``skipped``) or held-out evaluation
+            (``step`` and what :func:`evaluate` gives, prefixed ``heldout_``).
         steps: Steps done in all, earlier runs included.
         seconds: Time spent in all, earlier runs included.
-        interrupted: Whether Ctrl-C ended the run.
+        interrupted: Whether Ctrl-C or SIGTERM ended the run.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -71,6 +74,8 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
     log: str | Path | None = None,
+    callback: Callable[[dict[str, Any], HVAE], None] | None = None,
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     workers: int = 0,
     progress: bool = True,
@@ -95,10 +100,13 @@ def fit(
             never more than three in a row; armed after 100 steps.
         heldout: Signals to evaluate on, with the averaged weights.
         every: Steps between log records and held-out evaluations (a tenth as often).
-        augment: Maps a batch and a generator to a batch.
-        checkpoint: Folder for the checkpoint. If it holds one, the run resumes from it.
+        augment: Maps a batch and a generator to a batch, on the device.
+        checkpoint: Folder for the checkpoint. If it holds one, the run resumes from it; several machines
+            need a folder that all of them see.
         checkpoint_every: Seconds between checkpoints.
         log: File that gets each record as a line of JSON.
+        callback: Called with each record and the averaged model, on the main process.
+        settings: Further settings that a checkpoint must agree with, such as what ``augment`` does.
         seed: Seed of batches and noise.
         workers: Processes that load a dataset.
         progress: Whether to show a progress bar.
@@ -106,12 +114,14 @@ def fit(
         clock: Clock of ``time_budget``.
 
     Returns:
-        The report. Ctrl-C ends the run early: a checkpoint is written, and the model holds what was learnt.
+        The report. Ctrl-C and SIGTERM end the run after the step at hand: a checkpoint is written, and the
+        model holds what was learnt.
 
     Raises:
         ImportError: If the extra ``train`` is not installed.
         ValueError: If an option is out of range, the data are empty or not finite, or the checkpoint
             belongs to another model, data or setting.
+        OSError: If a record or checkpoint cannot be written; what was written before stays.
         FloatingPointError: If the loss stays non-finite.
     """
     try:
@@ -123,9 +133,9 @@ def fit(
         raise TypeError(f"model must be an HVAE, got {type(model).__name__}")
     _check_options(steps, time_budget, batch_size, learning_rate, warmup, kl_warmup, ema, clip, skip, every)
     accelerator = accelerator or Accelerator()
-    device = accelerator.device
+    device, world, main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     model.to(device)
-    batches = Batches(model, data, batch_size, seed, workers, accelerator.process_index, accelerator.num_processes)
+    batches = Batches(model, data, batch_size, seed, workers, accelerator.process_index, world)
     if not int(model.calibrated):
         model.calibrate(batches.some(4096))
     if heldout is not None:
@@ -134,37 +144,41 @@ def fit(
     model.zero_grad()
     optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=learning_rate)
     averaged = AveragedModel(model, multi_avg_fn=_ema_update(ema))
-    state = TrainingState(
-        model, averaged, optimizer, settings={"seed": seed, "batch_size": batch_size, **batches.fingerprint}
-    )
-    path = Path(checkpoint) / _CHECKPOINT if checkpoint is not None else None
+    average = cast(HVAE, averaged.module).eval()
+    known = {"seed": seed, "batch_size": batch_size, "processes": world, **batches.fingerprint, **(settings or {})}
+    state = TrainingState(model, averaged, optimizer, settings=known)
+    path = Path(checkpoint) / CHECKPOINT if checkpoint is not None else None
     if path is not None and path.exists():
         state.load(path)
+    records = Records(Path(log), state.step) if log is not None and main else None
     wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
     noise = torch.Generator(device)
     report = FitReport()
-    main = accelerator.is_main_process
-    bar = tqdm(total=steps, initial=state.step, disable=not (progress and main), unit="step", dynamic_ncols=True)
-    begin, saved, last = clock() - state.seconds, time.monotonic(), (state.step, clock())
 
     def record(entry: dict[str, Any]) -> None:
         report.records.append(entry)
-        if log is not None and main:
-            with Path(log).open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+        if records is not None:
+            records.write(entry)
+        if callback is not None and main:
+            callback(entry, average)
 
     def save() -> None:
         if path is not None and main:
             state.save(path)
 
-    try:
+    shown = progress and main
+    with (
+        Interruption() as interruption,
+        tqdm(total=steps, initial=state.step, disable=not shown, unit="step", dynamic_ncols=True) as bar,
+    ):
+        begin, saved, last = clock() - state.seconds, time.monotonic(), (state.step, clock())
         for batch in batches.start_at(state.step):
-            state.seconds = clock() - begin
+            state.seconds, stop = _agreed(accelerator, clock() - begin, interruption.requested)
             done = max(state.step / steps if steps else 0.0, state.seconds / time_budget if time_budget else 0.0)
-            if done >= 1:
+            if done >= 1 or stop:
+                report.interrupted = done < 1
                 break
-            rate = learning_rate * min(1.0, done / warmup if warmup else 1.0) * 0.5 * (1 + math.cos(math.pi * done))
-            rate = max(rate, 1e-3 * learning_rate)
+            rate = learning_rate * max(_rate(done, warmup), 1e-3)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             noise.manual_seed(mix(seed, state.step, accelerator.process_index))
@@ -176,17 +190,16 @@ def fit(
             kl_weight = min(1.0, done / kl_warmup) if kl_warmup else 1.0
             accelerator.backward(data_term + kl_weight * kl.sum() / model.decomp.numel)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), clip * state.typical_norm))
-            skipped = state.judge(norm, skip)
-            if not skipped:
+            if not state.judge(norm, skip):
                 wrapped_optimizer.step()
             wrapped_optimizer.zero_grad()
             state.step += 1
             averaged.update_parameters(model)
             bar.update()
-            if state.step % every == 0:
+            if state.step % every == 0 and main:
                 per_layer = kl.detach().tolist()
                 loss = float(data_term.detach()) + sum(per_layer) / model.decomp.numel
-                speed = (state.step - last[0]) * len(x) * accelerator.num_processes / (clock() - last[1])
+                speed = (state.step - last[0]) * len(x) * world / (clock() - last[1])
                 last = (state.step, clock())
                 record(
                     {
@@ -194,6 +207,7 @@ def fit(
                         "loss": loss,
                         "data": float(data_term.detach()),
                         "kl": per_layer,
+                        "residual": band_residuals(model, result.reconstruction.detach() - x),
                         "grad_norm": norm,
                         "learning_rate": rate,
                         "signals_per_second": speed,
@@ -202,75 +216,34 @@ def fit(
                 )
                 bar.set_postfix(loss=f"{loss:.3f}", kl=f"{sum(per_layer) / model.decomp.numel:.3f}")
                 if heldout is not None and state.step % (10 * every) == 0:
-                    held = evaluate(cast(HVAE, averaged.module), heldout, batch_size=batch_size, seed=seed)
+                    held = evaluate(average, heldout, batch_size=batch_size, seed=seed)
                     record({"step": state.step, **{f"heldout_{k}": v for k, v in held.items()}})
-            if path is not None and time.monotonic() - saved > checkpoint_every:
+            if time.monotonic() - saved > checkpoint_every:
+                state.seconds = clock() - begin
                 save()
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        report.interrupted = True
-    finally:
-        bar.close()
-    state.seconds = clock() - begin
-    save()
+        save()
+    # Mixed precision had wrapped the model's own forward.
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     if ema and state.step:
-        model.load_state_dict(averaged.module.state_dict())
+        model.load_state_dict(average.state_dict())
     model.eval()
     report.steps, report.seconds = state.step, state.seconds
     return report
 
 
-@torch.no_grad()
-def evaluate(model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0) -> dict[str, Any]:
-    """Measure a model on held-out signals, with posterior samples.
-
-    Args:
-        model: The model; its mode is left as it was.
-        data: Signals ``(N, C, *size)``.
-        batch_size: Signals in each pass.
-        seed: Seed of the posterior samples.
-
-    Returns:
-        ``objective`` (½·SE/σ² + KL) and ``loss`` (−ELBO), both in nats/dim; ``mse`` of the posterior
-        sample and ``mse_mean`` of the posterior mean, in the data's units; ``kl`` per layer in nats;
-        ``active_units``, the number of latents whose mean KL exceeds 0.01 nats, and ``units``.
-    """
-    was_training = model.training
-    model.eval()
-    generator = torch.Generator(model.start.device).manual_seed(seed)
-    loss, mse, mse_mean, layers = 0.0, 0.0, 0.0, torch.zeros(model.depth, dtype=torch.float64)
-    units: list[Tensor] = []
-    for start in range(0, len(data), batch_size):
-        x = data[start : start + batch_size].to(model.start.device)
-        seen = model.observe(x)
-        passes = model.top_down([None] * model.depth, len(x), seen, generator=generator)
-        result = model.result(passes, x.dtype, seen.x)
-        assert result.kl is not None
-        loss -= float(result.elbo.double().sum())
-        layers += result.kl.double().sum(0).cpu()
-        mse += float(_squares(result.reconstruction, x))
-        means = model.top_down([None] * model.depth, len(x), seen, temperature=0.0)
-        mse_mean += float(_squares(model.result(means, x.dtype).reconstruction, x))
-        pairs = [(q, p) for step in passes for q, p in zip(step.posteriors, step.priors, strict=True) if q is not None]
-        batch_units = [q.kl_elements(p).sum(0).flatten() for q, p in pairs]
-        units = [u + b for u, b in zip(units, batch_units, strict=True)] if units else batch_units
-    model.train(was_training)
-    n, numel = len(data), model.decomp.numel
-    log_sigma = float(model.sigma.log())
-    constants = log_sigma + 0.5 * math.log(2 * math.pi)
-    return {
-        "objective": loss / n / numel - constants,
-        "loss": loss / n / numel,
-        "mse": mse / n,
-        "mse_mean": mse_mean / n,
-        "kl": (layers / n).tolist(),
-        "active_units": int(sum(int((u / n > _ACTIVE_NATS).sum()) for u in units)),
-        "units": sum(u.numel() for u in units),
-    }
+def _agreed(accelerator: "Accelerator", seconds: float, stop: bool) -> tuple[float, bool]:
+    """The main process's clock and whether any wants to stop: one that stopped alone would leave the others waiting."""
+    if accelerator.num_processes == 1:
+        return seconds, stop
+    said = torch.tensor([seconds * accelerator.is_main_process, stop], dtype=torch.float64, device=accelerator.device)
+    seconds, stops = cast(Tensor, accelerator.reduce(said, "sum")).tolist()
+    return seconds, stops > 0
 
 
-def _squares(a: Tensor, b: Tensor) -> Tensor:
-    return (pack(a) - pack(b)).square().flatten(1).mean(1).sum()
+def _rate(done: float, warmup: float) -> float:
+    """Share of the peak learning rate at this share of the run."""
+    return min(1.0, done / warmup if warmup else 1.0) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

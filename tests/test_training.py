@@ -1,8 +1,11 @@
 import json
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing_extensions import override
 from separable_hvae import HVAE, FFT1Complex, FFT1Real, FitReport, Identity, Result, evaluate, fit
 from separable_hvae.decomposition import pack
 from tests.test_hvae import layer_passes, seeded, tiny
-from tests.zoo import signal
+from tests import zoo
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +55,15 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 class Interrupt:
-    """An augmentation that presses Ctrl-C at some batch."""
+    """An augmentation that asks the run to stop at some batch, which is trained on still."""
 
-    def __init__(self, at: int) -> None:
-        self.at, self.count = at, 0
+    def __init__(self, at: int, number: signal.Signals = signal.SIGINT) -> None:
+        self.at, self.number, self.count = at, number, 0
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         self.count += 1
         if self.count == self.at:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), self.number)
         return x
 
 
@@ -113,7 +116,8 @@ def test_records() -> None:
     assert [r["step"] for r in report.records] == [2, 4, 6]
     for r in report.records:
         assert set(r) == {
-            *("step", "loss", "data", "kl", "grad_norm", "learning_rate", "signals_per_second", "skipped")
+            *("step", "loss", "data", "kl", "residual"),
+            *("grad_norm", "learning_rate", "signals_per_second", "skipped"),
         }
         assert len(r["kl"]) == 2
         assert r["loss"] == pytest.approx(r["data"] + sum(r["kl"]) / 4, rel=1e-5)
@@ -233,18 +237,40 @@ def test_resuming_is_bit_identical(tmp_path: Path, as_dataset: bool, stops: list
     assert same(weights(whole), weights(parts))
 
 
-def test_interrupting_leaves_a_usable_model_and_checkpoint(tmp_path: Path) -> None:
-    model = fresh()
-    report = train(model, checkpoint=tmp_path, augment=Interrupt(5))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_leaves_a_usable_model_and_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    model, handlers = fresh(), (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    report = train(model, checkpoint=tmp_path, augment=Interrupt(4, number))
     assert report.interrupted
     assert report.steps == 4
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert not model.training
     assert math.isfinite(evaluate(model, waves())["loss"])
     four = fresh()
     # The learning rate follows progress, so the same four steps belong to a run of eight.
-    train(four, augment=Interrupt(5))
+    train(four, augment=Interrupt(4))
     assert same(weights(model), weights(four))
     assert (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_an_interruption_at_the_last_step_changes_nothing() -> None:
+    assert not train(fresh(), steps=3, augment=Interrupt(3)).interrupted
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return x
+
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh(), augment=augment)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_in_a_thread() -> None:
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train, fresh(), steps=2).result().steps == 2
 
 
 def test_checkpoints_are_written_along_the_way(tmp_path: Path) -> None:
@@ -263,20 +289,25 @@ def test_checkpoints_are_written_along_the_way(tmp_path: Path) -> None:
     [
         ({"model": lambda: fresh(width=8)}, "belongs to another model: .* start with shape"),
         ({"model": lambda: tiny(FFT1Real(4, scales=[1, 2, 4]), layers=1)}, "belongs to another model"),
-        ({"data": lambda: waves(seed=5)}, "belongs to a run with other settings or data .*probe"),
-        ({"data": lambda: waves(39)}, r"belongs to a run with other settings or data .*'count': \(40, 39\)"),
-        ({"batch_size": 4}, r"belongs to a run with other settings or data .*'batch_size': \(8, 4\)"),
-        ({"seed": 3}, r"belongs to a run with other settings or data .*'seed': \(0, 3\)"),
+        ({"data": lambda: waves(seed=5)}, "belongs to a run with other settings or data .*checksum"),
+        ({"data": lambda: waves().index_fill(0, torch.tensor([39]), 0.0)}, r"settings or data .*checksum"),
+        ({"data": lambda: waves(39)}, r"settings or data .*'count': \(40, 39\)"),
+        ({"batch_size": 4}, r"settings or data .*'batch_size': \(8, 4\)"),
+        ({"seed": 3}, r"settings or data .*'seed': \(0, 3\)"),
+        (
+            {"settings": {"flip": True, "model": {"a": 1, "b": 3}}},
+            r"settings or data .*: {'model': {'b': \(2, 3\)}, 'flip': \(None, True\)}",
+        ),
     ],
-    ids=["width", "scales", "data", "count", "batch size", "seed"],
+    ids=["width", "scales", "data", "one signal", "count", "batch size", "seed", "settings"],
 )
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path, other: dict[str, Any], message: str) -> None:
-    train(fresh(), checkpoint=tmp_path, steps=2)
+    train(fresh(), checkpoint=tmp_path, steps=2, settings={"model": {"a": 1, "b": 2}} if "settings" in other else None)
     made = {k: v() if callable(v) else v for k, v in other.items()}
     model = made.pop("model", None) or fresh(seed=3)
     model.calibrate(waves())
     before = weights(model)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "checkpoint.safetensors")) + " " + message):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "checkpoint.safetensors")) + ".*" + message):
         train(model, made.pop("data", None), checkpoint=tmp_path, steps=2, **made)
     assert same(weights(model), before)
 
@@ -329,10 +360,10 @@ def test_time_budget(tmp_path: Path) -> None:
         return interrupt(clock.augment(x, generator), generator)
 
     options: dict[str, Any] = {"steps": None, "time_budget": 4.5, "clock": clock, "checkpoint": tmp_path}
-    assert train(model, augment=both, **options).steps == 2
+    assert train(model, augment=both, **options).steps == 3
     clock.now += 1e6
     report = train(model, augment=clock.augment, **options)
-    assert report.steps == 4
+    assert report.steps == 5
     assert report.seconds == pytest.approx(5.0, abs=0.01)
 
 
@@ -410,10 +441,11 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 def test_evaluate_against_direct_computation(is_complex: bool) -> None:
     make = FFT1Complex if is_complex else FFT1Real
     model = tiny(make(4, scales=[1, 4]), sigma=0.3).double().train()
-    data, sigma, numel = signal(model.decomp, 7), 0.3, model.decomp.numel
+    data, sigma, numel = zoo.signal(model.decomp, 7), 0.3, model.decomp.numel
     found = evaluate(model, data, batch_size=3, seed=4)
     assert model.training
     generator, kls, errors, losses = seeded(4), list[list[Tensor]](), list[Tensor](), list[Tensor]()
+    reconstructions: list[Tensor] = []
     model.eval()
     with torch.no_grad():
         for x in data.split(3):
@@ -421,6 +453,7 @@ def test_evaluate_against_direct_computation(is_complex: bool) -> None:
             steps = layer_passes(model, partial(lambda x, found: found.append(model(x, generator)), x, results))
             pairs = [(s.posterior, s.prior) for s in steps]
             kls.append([kl_divergence(Normal(q.mean, q.sigma), Normal(p.mean, p.sigma)) for q, p in pairs if q])
+            reconstructions.append(results[0].reconstruction)
             decoded = pack(results[0].reconstruction)
             errors.append((decoded - pack(x)).square().flatten(1).sum(1))
             likelihood = Normal(decoded, sigma).log_prob(pack(x)).flatten(1).sum(1)
@@ -431,6 +464,8 @@ def test_evaluate_against_direct_computation(is_complex: bool) -> None:
     objective = (0.5 * error.mean() / sigma**2 + sum(per_layer)) / numel
     active = sum(int((u.mean(0) > 0.01).sum()) for u in units)
     assert found.pop("kl") == pytest.approx([float(k) for k in per_layer])
+    bands = model.decomp.analysis(torch.cat(reconstructions) - data)
+    assert found.pop("residual") == pytest.approx([float(b.square().mean().sqrt()) for b in bands])
     assert found == pytest.approx(
         {
             "objective": float(objective),
