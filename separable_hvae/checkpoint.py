@@ -112,6 +112,11 @@ class TrainingState:
             i, name = key.split(".")
             state.setdefault(int(i), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        for parameter, moments in self.optimizer.state.items():
+            # In the parameter's memory format, as they were: kernels may round differently otherwise.
+            for name, value in moments.items():
+                if value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         for name, value in counters.items():
             setattr(self, name, value)
 

@@ -22,8 +22,8 @@ from typing_extensions import override
 
 from separable_hvae import HVAE, FFT1Complex, FFT1Real, FitReport, Identity, Result, evaluate, fit
 from separable_hvae.decomposition import pack
-from tests.test_hvae import layer_passes, seeded, tiny
 from tests import zoo
+from tests.test_hvae import layer_passes, seeded, tiny
 
 
 @pytest.fixture(autouse=True)
