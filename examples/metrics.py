@@ -40,7 +40,7 @@ def psnr(picture: Tensor, original: Tensor) -> Tensor:
 
 
 def ssim(picture: Tensor, original: Tensor) -> Tensor:
-    """Structural similarity of each picture of range 1, with a Gaussian window of 11 points: ``(B,)``."""
+    """Structural similarity of each picture of range 1, Gaussian window of 11 points, mirrored borders: ``(B,)``."""
     found = structural_similarity_index_measure(picture, original, data_range=1.0, reduction="none")
     assert isinstance(found, Tensor)
     return found.reshape(-1)

@@ -92,6 +92,7 @@ def phase(x: Tensor, generator: torch.Generator) -> Tensor:
     return x * torch.polar(torch.ones_like(angle), angle)
 
 
+SECTIONS = ("data", "model", "training")
 AUGMENTATIONS: dict[str, Augmentation] = {"flip": flip, "phase": phase}
 DATA = {"cifar10": {"size", "augment"}, "fastmri": {"size", "augment", "crop", "coils"}}
 
@@ -107,6 +108,8 @@ def read(path: Path, *, tiny: bool = False) -> Setup:
         with path.open("rb") as file:
             given = tomllib.load(file)
         twin = given.pop("tiny", {})
+        if unknown := sorted(set(twin) - set(SECTIONS)):
+            raise ValueError(f"tiny has unknown sections {unknown}, allowed are {list(SECTIONS)}")
         setup = _checked(given, twin if tiny else {})
         # Arguments are judged by who takes them.
         with torch.random.fork_rng(devices=[]):
@@ -117,15 +120,11 @@ def read(path: Path, *, tiny: bool = False) -> Setup:
 
 
 def _checked(given: dict[str, Any], twin: Mapping[str, Any]) -> Setup:
-    sections = ("data", "model", "training")
-    wanted = {"dataset", *sections}
-    if set(given) != wanted or not set(twin) <= set(sections):
-        raise ValueError(
-            f"a setup has {sorted(wanted)} and perhaps tiny.*, got {sorted(given)} and tiny {sorted(twin)}"
-        )
+    if set(given) != {"dataset", *SECTIONS}:
+        raise ValueError(f"a setup has {['dataset', *SECTIONS]} and perhaps tiny, got {sorted(given)}")
     if given["dataset"] not in DATA:
         raise ValueError(f"dataset must be one of {sorted(DATA)}, got {given['dataset']!r}")
-    setup = Setup(given["dataset"], *({**given[s], **twin.get(s, {})} for s in sections))
+    setup = Setup(given["dataset"], *({**given[s], **twin.get(s, {})} for s in SECTIONS))
     if unknown := sorted(set(setup.data) - DATA[setup.dataset]):
         raise ValueError(f"data has unknown keys {unknown}, allowed are {sorted(DATA[setup.dataset])}")
     if unknown := sorted(set(setup.data.get("augment", [])) - set(AUGMENTATIONS)):

@@ -104,9 +104,9 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    # Faster where the inputs keep their size; the CPU takes no notice.
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
+    if torch.cuda.is_available() and not args.cpu:
+        torch.backends.cudnn.benchmark = True  # Inputs keep their size.
+        torch.set_float32_matmul_precision("high")
     given = {"steps": args.steps, "time_budget": args.time_budget, "batch_size": args.batch_size, "seed": args.seed}
     try:
         setup = read(args.setup, tiny=args.tiny)

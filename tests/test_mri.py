@@ -47,7 +47,7 @@ def write(path: Path, image: Complex, reconstruction: tuple[int, int] | None = N
 
 
 def normalised(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return x / np.sqrt((np.abs(x) ** 2).mean() / 2)
+    return np.asarray(x / np.sqrt((np.abs(x) ** 2).mean() / 2))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 8), (5, 9)])
