@@ -42,6 +42,7 @@ class Result:
         nll: ``−log p(z)`` of the latents, in nats: ``(B,)``.
         kl: ``KL(q_l ‖ p_l)`` of each layer, in nats: ``(B, L)``; ``None`` without an encoder pass.
         data: ``−log p(x | z)``, in nats: ``(B,)``; ``None`` without data.
+        objective: Full MAP objective of refined latents, in nats: ``(B,)``; ``None`` on other results.
         history: What a refiner recorded at each step; ``None`` on other results.
         refused: Where a refiner returned its start because it found nothing better: ``(B,)`` bool;
             ``None`` on other results.
@@ -53,6 +54,7 @@ class Result:
     nll: Tensor
     kl: Tensor | None = None
     data: Tensor | None = None
+    objective: Tensor | None = None
     history: Any = None
     refused: Tensor | None = None
 

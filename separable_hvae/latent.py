@@ -12,6 +12,7 @@ stay finite whatever the networks emit.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +68,36 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class LayerPass:
-    """What one layer did: its outgoing context, its latents and the distributions that it formed."""
+    """What one layer did.
+
+    Attributes:
+        context: Its outgoing context.
+        z: Its latents.
+        raw: What its prior network says, see :meth:`Gaussian.from_raw`.
+        posterior: The posterior, where it was asked for.
+    """
 
     context: Tensor
     z: Tensor
-    prior: Gaussian
+    raw: Tensor
     posterior: Gaussian | None
+
+    @property
+    def prior(self) -> Gaussian:
+        """The prior of the latents."""
+        return Gaussian.from_raw(self.raw)
+
+
+class Entry(NamedTuple):
+    """What a layer makes of its context alone.
+
+    Attributes:
+        raw: What its prior network says of its latents, ``(B, 2·latent_channels, *grid)``.
+        context: The context and the prior's features, ``ĥ + f_p(ĥ)``: ``(B, width, *grid)``.
+    """
+
+    raw: Tensor
+    context: Tensor
 
 
 class StochasticLayer(nn.Module):
@@ -99,6 +124,12 @@ class StochasticLayer(nn.Module):
         """The posterior under a context ``(B, width, *any grid)`` and evidence ``(B, width, *grid)``."""
         return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))
 
+    def enter(self, context: Tensor) -> Entry:
+        """What the layer makes of a context ``(B, width, *any grid)`` alone, whatever its latents."""
+        context = resample(context, self.grid)
+        raw = self.prior(context)
+        return Entry(raw[:, : 2 * self.latent_channels], context + raw[:, 2 * self.latent_channels :])
+
     @override
     def forward(
         self,
@@ -106,21 +137,20 @@ class StochasticLayer(nn.Module):
         z: Tensor | None = None,
         evidence: Tensor | None = None,
         *,
+        entry: Entry | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> LayerPass:
         """Run the layer on a context ``(B, width, *any grid)``.
 
         ``z`` given is used as it is; otherwise it is drawn from the posterior where there is evidence
-        ``(B, width, *grid)``, else from the prior.
+        ``(B, width, *grid)``, else from the prior. ``entry`` spares the layer what :meth:`enter` does.
         """
-        context = resample(context, self.grid)
-        raw = self.prior(context)
-        prior = Gaussian.from_raw(raw[:, : 2 * self.latent_channels])
+        entry = entry or self.enter(context)
         posterior = None
         if z is None:
             if evidence is not None:
                 posterior = self.guess(context, evidence)
-            z = (posterior or prior).sample(temperature, generator)
-        features = raw[:, 2 * self.latent_channels :] + self.inject(z.to(raw.dtype))
-        return LayerPass(self.block(context + features), z, prior, posterior)
+            z = (posterior or Gaussian.from_raw(entry.raw)).sample(temperature, generator)
+        outgoing = self.block(entry.context + self.inject(z.to(entry.context.dtype)))
+        return LayerPass(outgoing, z, entry.raw, posterior)

@@ -3,30 +3,20 @@ r"""What refinement minimises: the negative log of the joint density, sample by 
     J(z) = −Σ_l log N(z_l; μ_p, σ_p) + Σ_s β_s d(h_s(z), t_s)                  nats, (B,)
 
 Eq. 7 of the paper prints the first term without its minus; its text, and MAP, need it. The data term d
-is summed over a sample's entries and never over the batch, so a sample's result does not depend on its
-neighbours. By default it is the model's own likelihood,
-
-    "l2"    ‖ĥ − h‖² / 2σ²            Gaussian with the model's σ
-    "l1"    √2 ‖ĥ − h‖₁ / σ           Laplace of the same variance
-
-which orthonormal bands split exactly, band by band. Other decompositions have one data term on the
-signal, and each subset aims at the target that its coarser bands leave it.
+is one of :mod:`separable_hvae.data_terms`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from separable_hvae.decomposition import full_precision, pack
-from separable_hvae.hvae import HVAE, Observation
+from separable_hvae.data_terms import Misfit
+from separable_hvae.hvae import HVAE
 from separable_hvae.subset import SubsetPass
 
-LossName = Literal["l1", "l2"]
-Loss = LossName | Callable[[Tensor, Tensor], Tensor]
 ByScale = float | Mapping[int, float] | Sequence[float]
 """A number for every scale, a mapping from scale to number, or one number for each scale."""
 
@@ -49,64 +39,39 @@ class Terms:
         return self.nll + self.data
 
 
+@dataclass(frozen=True)
 class Objective:
-    """The MAP objective of one batch.
+    """The MAP objective, as a pure function of a pass and of what it is compared with.
 
-    Args:
+    Attributes:
         model: The model.
-        seen: The batch.
-        loss: ``"l2"``, ``"l1"``, or a callable ``(h_hat, h) -> (B,)`` on real tensors, in nats.
-        guidance: β, one number or by scale.
+        misfit: The data term.
+        guidance: β of each scale, coarse to fine.
     """
 
-    def __init__(self, model: HVAE, seen: Observation, loss: Loss, guidance: ByScale) -> None:
-        self.model, self.seen = model, seen
-        self.loss = _named_loss(loss, float(model.sigma.detach())) if isinstance(loss, str) else loss
-        self.guidance = by_scale("guidance", guidance, model.scales)
+    model: HVAE
+    misfit: Misfit
+    guidance: tuple[float, ...]
 
-    def distance(self, scale: int, h_hat: Tensor, h: Tensor) -> Tensor:
-        """``β_s d(h_hat, h)``: ``(B,)``.
-
-        Raises:
-            ValueError: If the loss does not return one number for each sample.
-        """
-        d = self.loss(h_hat, h)
-        if not isinstance(d, Tensor) or d.shape != h.shape[:1]:
-            got = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
-            raise ValueError(f"loss must return one number for each sample, shape {tuple(h.shape[:1])}, got {got}")
-        return self.guidance[scale] * d
-
-    def subset(self, index: int, step: SubsetPass, target: Tensor) -> Terms:
+    def subset(self, index: int, step: SubsetPass, aim: Sequence[Tensor]) -> Terms:
         """The part of one subset, everything coarser fixed and everything finer ignored (eq. 6)."""
-        scale = self.model.subsets[index].scale
-        return Terms(-step.log_prior().sum(1), self.distance(scale, step.band, target))
+        return Terms(-step.log_prior().sum(1), self.local(index, step.band, aim))
 
-    def total(self, passes: Sequence[SubsetPass]) -> Terms:
+    def total(self, passes: Sequence[SubsetPass], data: Sequence[Tensor]) -> Terms:
         """The full MAP objective of a pass through every subset."""
         nll = -torch.cat([step.log_prior() for step in passes], dim=1).sum(1)
-        bands, targets = [step.band for step in passes], self.seen.targets
-        if targets is None:
-            with full_precision(bands[0].device):
-                reconstruction = self.model.decomp.synthesis(bands)
-            return Terms(nll, self.distance(self.model.scales[-1], pack(reconstruction), pack(self.seen.x)))
-        parts = zip(self.model.decomp.band_scales, bands, targets, strict=True)
-        return Terms(nll, torch.stack([self.distance(s, h_hat, h) for s, h_hat, h in parts]).sum(0))
+        return Terms(nll, self.whole([step.band for step in passes], data))
 
+    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+        """The data term of one subset's band, guidance included, in nats: ``(B,)``."""
+        return self._weight(self.model.subsets[index].scale) * self.misfit.local(index, band, aim)
 
-def squared_error(h_hat: Tensor, h: Tensor) -> Tensor:
-    """``‖ĥ − h‖²``, summed over everything but the batch: ``(B,)``."""
-    return (h_hat - h).square().flatten(1).sum(1)
+    def whole(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> Tensor:
+        """The data term of all bands, guidance included, in nats: ``(B,)``."""
+        return torch.stack([self._weight(scale) * d for scale, d in self.misfit.total(bands, data)]).sum(0)
 
-
-def absolute_error(h_hat: Tensor, h: Tensor) -> Tensor:
-    """``‖ĥ − h‖₁``, summed over everything but the batch: ``(B,)``."""
-    return (h_hat - h).abs().flatten(1).sum(1)
-
-
-def _named_loss(name: str, sigma: float) -> Callable[[Tensor, Tensor], Tensor]:
-    if name == "l2":
-        return lambda h_hat, h: squared_error(h_hat, h) / (2 * sigma**2)
-    return lambda h_hat, h: math.sqrt(2) / sigma * absolute_error(h_hat, h)
+    def _weight(self, scale: int) -> float:
+        return self.guidance[self.model.scales.index(scale)]
 
 
 def by_scale(name: str, value: ByScale, scales: Sequence[int], *, least: float = 0.0) -> dict[int, float]:

@@ -7,9 +7,12 @@ but the context that flows into it (and, for posteriors, its evidence), so a lat
 its own band costs at most one subset and one head.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from typing_extensions import override
 from separable_hvae.blocks import conv
 from separable_hvae.decomposition import Decomposition, full_precision, resample
 from separable_hvae.heads import ScaleHead
-from separable_hvae.latent import Gaussian, StochasticLayer
+from separable_hvae.latent import Entry, Gaussian, StochasticLayer
 
 Evidence = Sequence[Tensor]
 """What the posteriors of a subset see: one tensor ``(B, width, *grid)`` for each layer."""
@@ -33,7 +36,7 @@ class SubsetPass:
         context: Outgoing context ``(B, width, *grid)``.
         band: The band ``(B, *band_shape)``, in the signal's units.
         latents: Latents of the layers that ran, coarse to fine.
-        priors: Their priors.
+        raws: What their prior networks say, see :meth:`Gaussian.from_raw`.
         posteriors: Their posteriors, ``None`` where the latents were given or drawn from the prior.
         contexts: The context that flowed into each layer.
     """
@@ -41,13 +44,51 @@ class SubsetPass:
     context: Tensor
     band: Tensor
     latents: list[Tensor]
-    priors: list[Gaussian]
+    raws: list[Tensor]
     posteriors: list[Gaussian | None]
     contexts: list[Tensor]
 
+    @cached_property
+    def priors(self) -> list[Gaussian]:
+        """The prior of each latent that ran."""
+        return [Gaussian.from_raw(raw) for raw in self.raws]
+
+    @cached_property
+    def surprises(self) -> "list[Surprise]":
+        """How far latents lie from their priors: one entry for each run of layers with one grid."""
+        grids = groupby(range(len(self.latents)), key=lambda i: self.latents[i].shape)
+        return [Surprise.of(self.raws, self.latents, list(same)) for _, same in grids]
+
     def log_prior(self) -> Tensor:
         """``log p(z)`` of each latent that ran, in nats: ``(B, layers)``."""
-        return torch.stack([p.log_prob(z) for p, z in zip(self.priors, self.latents, strict=True)], dim=1)
+        return torch.cat([surprise.log_prior() for surprise in self.surprises], dim=1)
+
+
+class Surprise(NamedTuple):
+    """The latents of a few layers with one grid, in units of their priors.
+
+    Layers are put side by side, since a few large operations cost less than many small ones.
+
+    Attributes:
+        whitened: ``(z − μ_p) / σ_p``, ``(B, layers, entries)``.
+        log_sigma: ``log σ_p``, of the same shape.
+    """
+
+    whitened: Tensor
+    log_sigma: Tensor
+
+    @classmethod
+    def of(cls, raws: Sequence[Tensor], latents: Sequence[Tensor], layers: Sequence[int]) -> "Surprise":
+        """Whiten the latents of these layers."""
+        prior = Gaussian.from_raw(torch.stack([raws[i] for i in layers], dim=2))
+        z = torch.stack([latents[i] for i in layers], dim=2)
+        whitened = (z - prior.mean) * torch.exp(-prior.log_sigma)
+        return cls(*(t.transpose(1, 2).flatten(2) for t in (whitened, prior.log_sigma)))
+
+    def log_prior(self) -> Tensor:
+        """``log p(z)`` of each layer, in nats: ``(B, layers)``."""
+        constant = 0.5 * math.log(2 * math.pi) * self.whitened.shape[2]
+        return -(0.5 * self.whitened.square() + self.log_sigma).sum(2) - constant
 
 
 class BandInput(nn.Module):
@@ -130,6 +171,7 @@ class Subset(nn.Module):
         evidence: Evidence | None = None,
         *,
         start: int = 0,
+        entry: Entry | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> SubsetPass:
@@ -141,18 +183,19 @@ class Subset(nn.Module):
                 posterior where there is evidence, else from the prior.
             evidence: What the posteriors see, one entry for each layer of the whole subset.
             start: First layer that runs.
+            entry: What this layer makes of its context, where that is known already.
             temperature: Factor on the standard deviation of what is drawn; 0 gives means.
             generator: Random numbers for what is drawn.
         """
-        zs, priors, posteriors, contexts = [], [], [], []
+        zs, raws, posteriors, contexts = [], [], [], []
         for i, z in enumerate(latents, start):
             contexts.append(context)
             seen = None if evidence is None else evidence[i]
-            step = self.layers[i](context, z, seen, temperature=temperature, generator=generator)
-            context = step.context
+            step = self.layers[i](context, z, seen, entry=entry, temperature=temperature, generator=generator)
+            context, entry = step.context, None
             zs.append(step.z)
-            priors.append(step.prior)
+            raws.append(step.raw)
             posteriors.append(step.posterior)
         band = self.head(context)
         band = self.centre + self.unit * (band.float() if band.itemsize < 4 else band)
-        return SubsetPass(context, band, zs, priors, posteriors, contexts)
+        return SubsetPass(context, band, zs, raws, posteriors, contexts)

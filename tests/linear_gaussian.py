@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from separable_hvae import HVAE, Decomposition, ScaleHead
 from separable_hvae.decomposition import unpack
-from separable_hvae.latent import Gaussian, LayerPass, StochasticLayer
+from separable_hvae.latent import LOG_SIGMA_BOUND, Entry, Gaussian, LayerPass, StochasticLayer
 
 Array = NDArray[np.float64]
 
@@ -68,6 +68,12 @@ class LinearLayer(nn.Module):
         posterior = self._gaussian(mean, self.posterior_log_sigma)
         return posterior if self.factor is None else FullGaussian(posterior.mean, posterior.log_sigma, self.factor)
 
+    def enter(self, context: Tensor) -> Entry:
+        # Undo the bound that Gaussian.from_raw puts on log-sigmas.
+        prior = self._gaussian(self.prior(context.flatten(1)), self.log_sigma)
+        raw = LOG_SIGMA_BOUND * torch.atanh(prior.log_sigma / LOG_SIGMA_BOUND)
+        return Entry(torch.cat([prior.mean, raw], dim=1), context)
+
     @override
     def forward(
         self,
@@ -75,22 +81,23 @@ class LinearLayer(nn.Module):
         z: Tensor | None = None,
         evidence: Tensor | None = None,
         *,
+        entry: Entry | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> LayerPass:
-        c = context.flatten(1)
-        prior, posterior = self._gaussian(self.prior(c), self.log_sigma), None
+        entry, posterior = entry or self.enter(context), None
+        c = entry.context.flatten(1)
         if z is None:
             if evidence is not None:
                 posterior = self.guess(context, evidence)
-            drawn = posterior or prior
+            drawn = posterior or Gaussian.from_raw(entry.raw)
             if self.noise is None:
                 z = drawn.sample(temperature, generator)
             else:
                 spread = torch.diag(self.posterior_log_sigma.exp()) if self.factor is None else self.factor
                 z = drawn.mean + (self.noise @ spread.T).unflatten(1, self.shape)
         c = self.context(torch.cat([c, z.flatten(1)], dim=1))
-        return LayerPass(c.unflatten(1, (self.width, *self.grid)), z, prior, posterior)
+        return LayerPass(c.unflatten(1, (self.width, *self.grid)), z, entry.raw, posterior)
 
 
 class LinearHead(ScaleHead):

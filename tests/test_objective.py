@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Laplace, Normal
 
 from separable_hvae import HVAE, FFT1Real, Identity
+from separable_hvae.data_terms import BoundTerm, Loss, Signal, absolute_error, squared_error
 from separable_hvae.decomposition import pack
-from separable_hvae.objective import ByScale, Loss, Objective, Terms, absolute_error, by_scale, squared_error
+from separable_hvae.objective import ByScale, Objective, Terms, by_scale
 from separable_hvae.subset import SubsetPass
 from tests.linear_gaussian import ClosedForm, flat, linear_gaussian
 from tests.test_hvae import tiny
@@ -27,9 +28,21 @@ def drawn_pass(model: HVAE, x: Tensor) -> list[SubsetPass]:
         return model.top_down([None] * model.depth, len(x), model.observe(x), generator=generator)
 
 
-def objective_of(model: HVAE, x: Tensor, loss: Loss = "l2", guidance: ByScale = 1.0) -> Objective:
-    with torch.no_grad():
-        return Objective(model, model.observe(x), loss, guidance)
+class Known:
+    """The objective of known signals."""
+
+    def __init__(self, model: HVAE, x: Tensor, loss: Loss = "l2", guidance: ByScale = 1.0) -> None:
+        with torch.no_grad():
+            self.term: BoundTerm = Signal(x, loss).bind(model, model.observe(x))
+        self.objective = Objective(
+            model, self.term.misfit, tuple(by_scale("guidance", guidance, model.scales).values())
+        )
+
+    def total(self, passes: list[SubsetPass]) -> Terms:
+        return self.objective.total(passes, self.term.data)
+
+    def subset(self, index: int, step: SubsetPass, target: Tensor) -> Terms:
+        return self.objective.subset(index, step, [target])
 
 
 def negative_log_ratio(loss: str, h_hat: Tensor, h: Tensor) -> Tensor:
@@ -50,7 +63,7 @@ def negative_log_prior(step: SubsetPass) -> Tensor:
 def test_terms_against_torch_distributions(make: Make, loss: Any) -> None:
     model = tiny(make(), sigma=SIGMA).double()
     x, decomp = signal(model.decomp), model.decomp
-    passes, objective = drawn_pass(model, x), objective_of(model, x, loss)
+    passes, objective = drawn_pass(model, x), Known(model, x, loss)
     total = objective.total(passes)
     assert total.nll.shape == total.data.shape == total.objective.shape == (2,)
     torch.testing.assert_close(total.nll, sum(map(negative_log_prior, passes), torch.zeros(2, dtype=torch.float64)))
@@ -81,7 +94,7 @@ def test_total_against_linear_algebra(make: Make) -> None:
     algebra, x = ClosedForm(model), signal(model.decomp)
     guidance = {s: 0.5 + 0.25 * i for i, s in enumerate(model.scales)}
     passes = drawn_pass(model, x)
-    total = objective_of(model, x, guidance=guidance).total(passes).objective.detach()
+    total = Known(model, x, guidance=guidance).total(passes).objective.detach()
     rows, zs = flat([pack(x)]), flat([z for step in passes for z in step.latents])
     squares = [np.square(algebra.whitened(a, guidance)(z)).sum() for a, z in zip(rows, zs, strict=True)]
     norm = sum(float(algebra.log_sigmas(i).sum()) for i in range(model.depth)) + zs.shape[1] * math.log(2 * math.pi) / 2
@@ -93,11 +106,11 @@ def test_guidance_by_scale() -> None:
     x = signal(model.decomp)
     passes, scales = drawn_pass(model, x), model.scales
     targets = model.decomp.analysis(x)
-    plain = [objective_of(model, x).subset(i, step, targets[i]) for i, step in enumerate(passes)]
+    plain = [Known(model, x).subset(i, step, targets[i]) for i, step in enumerate(passes)]
     weights = [0.0, 0.5, 2.0, 1e6]
     forms: list[ByScale] = [weights, dict(reversed(list(zip(scales, weights, strict=True)))), 3, 0]
     for guidance, expected in zip(forms, [weights, weights, [3.0] * 4, [0.0] * 4], strict=True):
-        total = objective_of(model, x, guidance=guidance).total(passes)
+        total = Known(model, x, guidance=guidance).total(passes)
         torch.testing.assert_close(
             total.data, torch.stack([w * p.data for w, p in zip(expected, plain, strict=True)]).sum(0)
         )
@@ -106,20 +119,22 @@ def test_guidance_by_scale() -> None:
     frame = tiny(OWN["own-pyramid"](), sigma=SIGMA).double()
     x = signal(frame.decomp)
     passes = drawn_pass(frame, x)
-    on_signal = objective_of(frame, x, guidance=weights).total(passes).data
-    torch.testing.assert_close(on_signal, weights[-1] * objective_of(frame, x).total(passes).data)
+    on_signal = Known(frame, x, guidance=weights).total(passes).data
+    torch.testing.assert_close(on_signal, weights[-1] * Known(frame, x).total(passes).data)
 
 
 def test_frames_aim_at_what_coarser_bands_leave() -> None:
     model = tiny(OWN["own-pyramid"](), sigma=SIGMA).double()
     x = signal(model.decomp)
-    passes, objective = drawn_pass(model, x), objective_of(model, x)
+    passes, known = drawn_pass(model, x), Known(model, x)
     bands = [step.band for step in passes]
     for i, scale in enumerate(model.scales):
         residual = x - model.decomp.synthesis(bands[:i]) if i else x
-        target = model.target(i, objective.seen, bands[:i])
+        # Whatever is known of this band and of finer ones does not matter.
+        (target,) = known.term.aim(i, [*bands[:i], *[None] * (len(bands) - i)])
         torch.testing.assert_close(target, model.decomp.analysis(residual)[i])
-        assert objective.subset(i, passes[i], target).data.shape == (2,)
+        torch.testing.assert_close(known.term.aim(i, bands), [target])
+        assert known.subset(i, passes[i], target).data.shape == (2,)
         assert model.decomp.band_index(scale) == i
 
 
@@ -132,7 +147,7 @@ def test_custom_loss_gets_real_bands_and_is_weighted() -> None:
         return (h_hat - h).abs().flatten(1).amax(1)
 
     passes = drawn_pass(model, x)
-    total = objective_of(model, x, loss, 2.0).total(passes)
+    total = Known(model, x, loss, 2.0).total(passes)
     assert not any(t.is_complex() for pair in seen for t in pair)
     expected = [
         2 * (p.band - h).abs().flatten(1).amax(1) for p, h in zip(passes, model.decomp.analysis(x), strict=True)
@@ -161,7 +176,7 @@ def test_loss_of_a_wrong_shape(loss: Callable[[Tensor, Tensor], Tensor], got: st
     x = signal(model.decomp, dtype=torch.float32)
     message = f"loss must return one number for each sample, shape (2,), got {got}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        objective_of(model, x, loss).total(drawn_pass(model, x))
+        Known(model, x, loss).total(drawn_pass(model, x))
 
 
 @pytest.mark.parametrize(

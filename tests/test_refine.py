@@ -14,9 +14,9 @@ from torch.distributions import Normal
 from typing_extensions import override
 
 from separable_hvae import HVAE, FFT1Real, FFT2Complex, Identity, MAPRefiner, Refiner
+from separable_hvae.data_terms import absolute_error
 from separable_hvae.decomposition import pack
 from separable_hvae.latent import StochasticLayer
-from separable_hvae.objective import absolute_error
 from separable_hvae.refine import (
     Adam,
     GradientDescent,
@@ -27,6 +27,7 @@ from separable_hvae.refine import (
     Problem,
     Rule,
     Schedule,
+    Whole,
 )
 from separable_hvae.refine.run import Run
 from tests.linear_gaussian import Array, ClosedForm, flat, linear_gaussian
@@ -34,7 +35,7 @@ from tests.test_hvae import layer_passes, seeded, tiny
 from tests.test_linear_gaussian import ORTHONORMAL
 from tests.zoo import OWN, SMALL, Make, Pyramid, signal
 
-SCHEDULES = ["latent", "scale", "parallel", "joint"]
+SCHEDULES = ["latent", "scale", "parallel", "joint", "combined"]
 SIGMA = 0.3
 
 
@@ -705,10 +706,10 @@ class Coarsest(Schedule):
             scales,
             run.model.scales,
             run.steps[scales[-1]],
-            lambda z: run.objective.total(run.model.top_down([*z, *rest], run.batch)),
+            [(Whole(run.objective, later=len(rest)), len(scales), [*rest, *run.term.data])],
         )
         yield problem
-        run.latents = [*problem.latents, *rest]
+        run.reach([*problem.latents, *rest])
 
 
 def test_own_refiner() -> None:

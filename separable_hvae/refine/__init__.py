@@ -1,22 +1,35 @@
-"""Refinement: schedules, update rules and the loop."""
+"""Refinement: schedules, update rules, execution and the loop."""
 
+from separable_hvae.refine.execution import Compiled, CudaGraphs, Eager, Execution
+from separable_hvae.refine.history import History, Iterate
+from separable_hvae.refine.pieces import OneSubset, Outcome, Piece, Whole
 from separable_hvae.refine.problem import Problem
-from separable_hvae.refine.refiner import History, Iterate, MAPRefiner, Refiner
-from separable_hvae.refine.rules import Adam, GradientDescent, Rule
-from separable_hvae.refine.schedules import Joint, Latent, Parallel, Scale, Schedule
+from separable_hvae.refine.refiner import MAPRefiner, Refiner
+from separable_hvae.refine.rules import Adam, GaussNewton, GradientDescent, Rule
+from separable_hvae.refine.schedules import Chain, Joint, Latent, Parallel, Scale, Schedule
 
 __all__ = [
     "Adam",
+    "Chain",
+    "Compiled",
+    "CudaGraphs",
+    "Eager",
+    "Execution",
+    "GaussNewton",
     "GradientDescent",
     "History",
     "Iterate",
     "Joint",
     "Latent",
     "MAPRefiner",
+    "OneSubset",
+    "Outcome",
     "Parallel",
+    "Piece",
     "Problem",
     "Refiner",
     "Rule",
     "Scale",
     "Schedule",
+    "Whole",
 ]

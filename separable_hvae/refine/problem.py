@@ -1,7 +1,10 @@
 r"""A problem: some latents move, everything else stands still.
 
 A refiner's schedule turns inference into a sequence of problems; its update rule sees nothing of a
-problem but its latents, its objective J(z), in nats for each sample, and the gradient of J.
+problem but its latents, its objective J(z), in nats for each sample, the gradient of J, and along a
+direction d the curvature of its Gauss–Newton model,
+
+    κ(d) = ‖∂w/∂z · d‖² + d/dt² data(h + t ∂h/∂z · d),        w = (z − μ_p) / σ_p
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +13,10 @@ import torch
 from torch import Tensor
 
 from separable_hvae.objective import Terms
+from separable_hvae.refine.execution import Eager, Execution
+from separable_hvae.refine.pieces import Call, Outcome, Piece
+
+Settle = Callable[["Problem", list[Tensor], int], list[Tensor]]
 
 
 class Problem:
@@ -20,9 +27,13 @@ class Problem:
         scales: The scale of each.
         all_scales: Every scale of the model, coarse to fine.
         steps: Number of steps to take.
-        objective: Maps latents to the terms of their objective.
+        pieces: The objective is the sum of these, each with the number of latents that it takes, in order,
+            and the tensors that stand still.
         joint: Whether the objective spans the whole hierarchy.
-        settle: Maps latents and the number of steps done to where they go on from.
+        until: Share of the time for all problems that may have passed when this one ends.
+        spread: Standard deviation of each latent's posterior; of its prior where there is none.
+        settle: Maps the problem, its latents and the number of steps done to where they go on from.
+        execution: How pieces run.
     """
 
     def __init__(
@@ -31,24 +42,91 @@ class Problem:
         scales: Sequence[int],
         all_scales: Sequence[int],
         steps: int,
-        objective: Callable[[list[Tensor]], Terms],
+        pieces: Sequence[tuple[Piece, int, list[Tensor]]],
         *,
         joint: bool = False,
-        settle: Callable[[list[Tensor], int], list[Tensor]] | None = None,
+        until: float = 1.0,
+        spread: Sequence[Tensor] = (),
+        settle: Settle | None = None,
+        execution: Execution | None = None,
     ) -> None:
         self.latents = [z.detach() for z in latents]
         self.scales = list(scales)
         self.all_scales = list(all_scales)
         self.steps = steps
+        self.pieces = list(pieces)
         self.joint = joint
-        self.settle = settle or (lambda latents, _: latents)
-        self._objective = objective
-        self.terms: Terms | None = None
+        self.until = until
+        self.spread = [s.detach() for s in spread]
+        self._settle = settle
+        self._execution = execution or Eager()
+        self.outcomes: list[Outcome] = []
+        self._looked: list[Call] = []
+
+    @property
+    def terms(self) -> Terms | None:
+        """The terms of the objective where the gradient was taken last; ``None`` before."""
+        if not self.outcomes:
+            return None
+        nll, data = ([getattr(outcome, name) for outcome in self.outcomes] for name in ("nll", "data"))
+        return Terms(torch.stack(nll).sum(0), torch.stack(data).sum(0))
 
     def gradient(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """Gradient of every sample's objective; its terms are kept in ``self.terms``."""
-        moving = [z.detach().requires_grad_() for z in latents]
-        terms = self._objective(moving)
-        self.terms = Terms(terms.nll.detach(), terms.data.detach())
-        # Samples do not interact, so the gradient of the sum holds each sample's own.
-        return list(torch.autograd.grad(terms.objective.sum(), moving))
+        self._looked = self._calls(latents)
+        results = self._execution.gradients(self._looked)
+        self.outcomes = [outcome for _, outcome in results]
+        return [g for gradients, _ in results for g in gradients]
+
+    def curvature(self, direction: Sequence[Tensor]) -> Tensor:
+        """Gauss–Newton curvature along a direction, where the gradient was taken last: ``(B,)``.
+
+        The directional derivatives are finite differences, which any decomposition and head allow and
+        which cost one pass without gradients.
+        """
+        at = [z for call in self._looked for z in call.moving]
+        reach = dot(at, at).clamp_min(1).sqrt() / dot(direction, direction).clamp_min(1e-30).sqrt()
+        step = 1e-3 * reach
+        nearby = self._execution.values(
+            self._calls([z + rows(step, z) * d for z, d in zip(at, direction, strict=True)])
+        )
+        total = torch.zeros_like(step)
+        for call, here, there in zip(self._looked, self.outcomes, nearby, strict=True):
+            slopes = [(b - a) / rows(step, a) for a, b in zip(here.bands, there.bands, strict=True)]
+            total = total + _second_derivative(call, here.bands, slopes)
+            for a, b in zip(here.whitened, there.whitened, strict=True):
+                total = total + ((b - a) / rows(step, a)).square().flatten(1).sum(1)
+        return total
+
+    def settle(self, latents: list[Tensor], done: int) -> list[Tensor]:
+        """Where the latents go on from after ``done`` steps."""
+        return latents if self._settle is None else self._settle(self, latents, done)
+
+    def _calls(self, latents: Sequence[Tensor]) -> list[Call]:
+        calls, first = [], 0
+        for piece, count, held in self.pieces:
+            calls.append(Call(piece, list(latents[first : first + count]), held))
+            first += count
+        return calls
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Inner product of two lists of tensors, sample by sample: ``(B,)``."""
+    return torch.stack([(u * v).flatten(1).sum(1) for u, v in zip(a, b, strict=True)]).sum(0)
+
+
+def rows(numbers: Tensor, like: Tensor) -> Tensor:
+    """One number for each sample, shaped to scale ``like``."""
+    return numbers.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _second_derivative(call: Call, bands: list[Tensor], slopes: list[Tensor]) -> Tensor:
+    """``d²/dt² data(h + t h')`` at t = 0: ``(B,)``; a loss without curvature gives zero."""
+    with torch.enable_grad():
+        t = torch.zeros(len(bands[0]), dtype=bands[0].dtype, device=bands[0].device, requires_grad=True)
+        moved = [h + rows(t, h) * slope for h, slope in zip(bands, slopes, strict=True)]
+        (first,) = torch.autograd.grad(call.piece.data(moved, call.held).sum(), t, create_graph=True)
+        if not first.requires_grad:
+            return torch.zeros_like(t)
+        (second,) = torch.autograd.grad(first.sum(), t)
+    return second.detach()

@@ -7,76 +7,31 @@ A refiner is one small step; the loop around it is the same for all:
     return the decoded latents of each sample whose objective is not worse than its start's, else the start
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, final
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
+from typing import Any, Literal, TypedDict, final
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
+from separable_hvae.data_terms import DataTerm, Loss, Signal, absolute_error
 from separable_hvae.hvae import HVAE, Result
-from separable_hvae.objective import ByScale, Loss, Objective, absolute_error, by_scale
-from separable_hvae.refine.problem import Problem
+from separable_hvae.objective import ByScale, by_scale, check_number
+from separable_hvae.refine.execution import EXECUTIONS, Execution
+from separable_hvae.refine.history import Iterate, Recorder
+from separable_hvae.refine.named import named
+from separable_hvae.refine.pieces import Call
+from separable_hvae.refine.problem import Problem, rows
 from separable_hvae.refine.rules import RULES, Rule
 from separable_hvae.refine.run import Init, Run
 from separable_hvae.refine.schedules import SCHEDULES, Latent, Schedule
-from separable_hvae.subset import SubsetPass
+from separable_hvae.refine.stopping import Clock, Stopping
 
-T = TypeVar("T")
 _SLACK = 1e-5
-
-
-@dataclass(frozen=True)
-class Iterate:
-    """What a callback sees at each step, before the latents move.
-
-    Attributes:
-        problem: Number of the problem, counted from 0 in the order of the schedule.
-        step: Number of the step within it.
-        scales: The scale of each latent that moves.
-        latents: These latents.
-        nll: ``−log p(z)`` of the latents in the problem's objective, in nats: ``(B,)``.
-        data: Its data term, guidance included, in nats: ``(B,)``.
-        seconds: Time since the refiner was called.
-    """
-
-    problem: int
-    step: int
-    scales: list[int]
-    latents: list[Tensor]
-    nll: Tensor
-    data: Tensor
-    seconds: float
-
-    @property
-    def objective(self) -> Tensor:
-        """``nll + data``: ``(B,)``."""
-        return self.nll + self.data
-
-
-@dataclass
-class History:
-    """What happened step by step; each list has one entry for each step of each problem.
-
-    Attributes:
-        problem: Number of the problem.
-        scale: The finest scale that moved.
-        objective: Batch mean of the problem's objective before the step, in nats.
-        data: Batch mean of its data term.
-        nll: Batch mean of its ``−log p(z)``.
-        seconds: Time since the refiner was called.
-    """
-
-    problem: list[int] = field(default_factory=list)
-    scale: list[int] = field(default_factory=list)
-    objective: list[float] = field(default_factory=list)
-    data: list[float] = field(default_factory=list)
-    nll: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+Precision = Literal["bfloat16", "tf32"]
 
 
 class Refiner(ABC):
@@ -87,10 +42,17 @@ class Refiner(ABC):
         guidance: Weight β of the data term, one number or by scale.
         loss: ``"l2"`` (the model's likelihood), ``"l1"`` (Laplace of the same variance), or a callable
             ``(h_hat, h) -> (B,)`` in nats.
-        schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, or a :class:`Schedule`.
+        schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, ``"combined"``, or a :class:`Schedule`.
         init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior (fully
-            iterative), a list of L tensors from these.
+            iterative), a list of L tensors from these (a warm start: ``init=previous.latents``).
         sample: Start from a draw instead of the mean.
+        tolerance: A sample stops moving once three steps have not lowered the problem's objective by more
+            than ``tolerance · (1 + |J|)``; ``None`` takes every step.
+        budget: Seconds that a call may take: fewer steps, shared among the problems, if they do not fit.
+        batch_size: Samples at a time, to bound the memory; ``None`` takes all at once.
+        execution: ``"eager"``, ``"compiled"``, ``"cuda-graphs"``, or an :class:`Execution`.
+        precision: ``"bfloat16"`` or ``"tf32"`` runs the gradients in less than float32; ``history.rounding``
+            says what that does to the objective. Starts and results are computed in full.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -106,6 +68,11 @@ class Refiner(ABC):
         schedule: str | Schedule = "scale",
         init: Init | Sequence[Tensor] = "posterior",
         sample: bool = False,
+        tolerance: float | None = None,
+        budget: float | None = None,
+        batch_size: int | None = None,
+        execution: str | Execution = "eager",
+        precision: Precision | None = None,
     ) -> None:
         if isinstance(loss, str) and loss not in ("l1", "l2"):
             raise ValueError(f"loss must be 'l1', 'l2' or a callable, got {loss!r}")
@@ -117,8 +84,19 @@ class Refiner(ABC):
             raise TypeError(f"init must be 'posterior', 'prior' or a list of latents, got {type(init).__name__}")
         check_by_scale("steps", steps)
         check_by_scale("guidance", guidance)
+        for name, value in {"tolerance": tolerance, "budget": budget}.items():
+            if value is not None:
+                check_number(name, value, 0.0)
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
+            raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if precision not in (None, "bfloat16", "tf32"):
+            raise ValueError(f"precision must be 'bfloat16', 'tf32' or None, got {precision!r}")
         self.steps, self.guidance, self.loss, self.init, self.sample = steps, guidance, loss, init, sample
-        self.schedule = _named("schedule", schedule, SCHEDULES, Schedule)  # type: ignore[type-abstract]
+        self.tolerance, self.budget, self.batch_size, self.precision = tolerance, budget, batch_size, precision
+        self.schedule = named("schedule", schedule, SCHEDULES, Schedule)  # type: ignore[type-abstract]
+        self.execution = named("execution", execution, EXECUTIONS, Execution)  # type: ignore[type-abstract]
 
     @abstractmethod
     def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
@@ -137,7 +115,7 @@ class Refiner(ABC):
     def __call__(
         self,
         model: HVAE,
-        x: Tensor,
+        x: Tensor | DataTerm,
         generator: torch.Generator | None = None,
         callback: Callable[[Iterate], None] | None = None,
     ) -> Result:
@@ -148,12 +126,12 @@ class Refiner(ABC):
 
         Args:
             model: The model.
-            x: Signals ``(B, C, *size)``.
+            x: Signals ``(B, C, *size)``, or what is known of them: a :class:`DataTerm`.
             generator: Random numbers of a drawn start.
             callback: Sees every iterate.
 
         Returns:
-            The decoded latents with ``history`` and ``refused``, all detached.
+            The decoded latents with ``objective``, ``history`` and ``refused``, all detached.
 
         Raises:
             TypeError: If the model is no HVAE, or ``x`` does not fit it.
@@ -161,31 +139,90 @@ class Refiner(ABC):
         """
         if not isinstance(model, HVAE):
             raise TypeError(f"model must be an HVAE, got {type(model).__name__}")
-        begin = time.perf_counter()
         steps = {s: int(n) for s, n in by_scale("steps", self.steps, model.scales).items()}
-        by_scale("guidance", self.guidance, model.scales)
+        guidance = tuple(by_scale("guidance", self.guidance, model.scales).values())
+        term = self._term(model, x)
+        init = self.init if isinstance(self.init, str) else _given(model, self.init, len(term))
+        clock = Clock(self.budget, model.start.device)
+        recorder, results = Recorder(), []
+        size = self.batch_size or max(1, len(term))
         with _evaluation(model):
+            for first in range(0, max(1, len(term)), size):
+                here = slice(first, first + size)
+                clock.share(min(size, len(term) - first), len(term) - first)
+                part = init if isinstance(init, str) else [z[here] for z in init]
+                with torch.no_grad():
+                    some = term if len(term) <= size else term.rows(here)
+                    seen = model.observe(some.guess(model))
+                    bound = some.bind(model, seen)
+                    run = Run(model, seen, bound, guidance, steps, part, self.sample, generator, self.execution)
+                    self._measure_rounding(run, recorder)
+                if any(steps.values()):
+                    self._loop(run, clock, recorder, callback, first)
+                with torch.no_grad():
+                    original = seen.x if isinstance(x, Tensor) else None
+                    results.append(_no_worse(run, x.dtype if isinstance(x, Tensor) else seen.x.dtype, original))
+        return replace(_joined(results), history=recorder.history())
+
+    def _loop(
+        self,
+        run: Run,
+        clock: Clock,
+        recorder: Recorder,
+        callback: Callable[[Iterate], None] | None,
+        first: int,
+    ) -> None:
+        """Solve the problems of the schedule, one after the other."""
+        clock.reserve()
+        for number, problem in enumerate(self.schedule.problems(run)):
+            clock.enter(problem)
+            stopping = Stopping(self.tolerance, run.batch, run.context.device)
+            state: Any = None
+            for n in range(problem.steps):
+                if clock.is_over() or stopping.is_over():
+                    break
+                with self._lowered(run.model):
+                    latents, state = self.step(problem, problem.latents, state)
+                iterate = Iterate.of(problem, number, n, stopping.moving, clock.seconds(), first)
+                recorder.add(iterate)
+                if callback is not None:
+                    callback(iterate)
+                settled = problem.settle(latents, n + 1)
+                problem.latents = stopping.hold(iterate.objective, problem.latents, settled)
+
+    def _term(self, model: HVAE, x: Tensor | DataTerm) -> DataTerm:
+        if not isinstance(x, DataTerm):
             model.decomp.check_signal(x)
-            with torch.no_grad():
-                seen = model.observe(x.clone() if x.is_inference() else x.detach())
-            objective = Objective(model, seen, self.loss, self.guidance)
-            init = self.init if isinstance(self.init, str) else _given(model, self.init, len(x))
-            run = Run(model, seen, objective, steps, init, self.sample, generator)
-            history = History()
-            if any(steps.values()):
-                for number, problem in enumerate(self.schedule.problems(run)):
-                    state: Any = None
-                    for n in range(problem.steps):
-                        latents, state = self.step(problem, problem.latents, state)
-                        iterate = _iterate(number, n, problem, time.perf_counter() - begin)
-                        _record(history, iterate)
-                        if callback is not None:
-                            callback(iterate)
-                        problem.latents = problem.settle(latents, n + 1)
-            with torch.no_grad():
-                passes, refused = _no_worse(run)
-                result = model.result(passes, x.dtype, seen.x)
-        return replace(result, history=history, refused=refused)
+            return Signal(x, self.loss)
+        if self.loss != "l2":
+            raise ValueError(f"loss is for signals: a data term has its own, got {self.loss!r} beside a data term")
+        return x
+
+    def _lowered(self, model: HVAE) -> AbstractContextManager[Any]:
+        if self.precision is None:
+            return nullcontext()
+        if self.precision == "bfloat16":
+            return torch.autocast(model.start.device.type, dtype=torch.bfloat16)
+        return _tf32(model.start.device)
+
+    def _measure_rounding(self, run: Run, recorder: Recorder) -> None:
+        """Record what the reduced precision does to the objective at the start."""
+        if self.precision is not None:
+            call = Call(run.whole, run.start_latents, run.term.data)
+            with self._lowered(run.model):
+                lowered = call.value().objective
+            exact = call.value().objective
+            recorder.add_rounding((lowered - exact).abs() / (1 + exact.abs()))
+
+
+class Options(TypedDict, total=False):
+    """Options that every refiner shares, see :class:`Refiner`."""
+
+    tolerance: float | None
+    budget: float | None
+    batch_size: int | None
+    execution: str | Execution
+    precision: Precision | None
 
 
 class MAPRefiner(Refiner):
@@ -196,10 +233,11 @@ class MAPRefiner(Refiner):
         step_size: Step size λ, one number or by scale; ``None`` takes the rule's own.
         guidance: Weight β of the data term, one number or by scale.
         loss: ``"l2"``, ``"l1"`` or a callable, see :class:`Refiner`.
-        schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, or a :class:`Schedule`.
-        rule: ``"adam"``, ``"gd"``, or a :class:`Rule`.
+        schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, ``"combined"``, or a :class:`Schedule`.
+        rule: ``"adam"``, ``"gd"``, ``"gauss-newton"``, or a :class:`Rule`.
         init: ``"posterior"``, ``"prior"`` or a list of latents, see :class:`Refiner`.
         sample: Start from a draw instead of the mean.
+        **options: ``tolerance``, ``budget``, ``batch_size``, ``execution`` and ``precision``, see :class:`Refiner`.
     """
 
     def __init__(
@@ -212,12 +250,13 @@ class MAPRefiner(Refiner):
         rule: str | Rule = "adam",
         init: Init | Sequence[Tensor] = "posterior",
         sample: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(steps, guidance=guidance, loss=loss, schedule=schedule, init=init, sample=sample)
+        super().__init__(steps, guidance=guidance, loss=loss, schedule=schedule, init=init, sample=sample, **options)
         if step_size is not None:
             check_by_scale("step_size", step_size)
         self.step_size = step_size
-        self.rule = _named("rule", rule, RULES, Rule)  # type: ignore[type-abstract]
+        self.rule = named("rule", rule, RULES, Rule)  # type: ignore[type-abstract]
 
     @classmethod
     def paper(cls, steps: int = 25) -> "MAPRefiner":
@@ -242,55 +281,72 @@ class MAPRefiner(Refiner):
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients, whatever the caller's modes; each module's own mode comes back."""
+    """Evaluation mode with gradients of latents alone, whatever the caller's modes; each comes back."""
     modes = [(module, module.training) for module in model.modules()]
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
+        for p in trained:
+            p.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        raise ValueError(f"precision 'tf32' needs a CUDA device, got {device}")
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32
+    matmul.allow_tf32 = convolutions.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolutions.allow_tf32 = before
 
 
 def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
     """Check the latents to start from and copy them, so that ones from inference mode can move too."""
-    given = [z.clone() for z in model.require_latents(latents, batch)]
+    with torch.inference_mode(False):
+        given = [z.clone() for z in model.require_latents(latents, batch)]
     if not all(bool(torch.isfinite(z).all()) for z in given):
         raise ValueError("init must be finite, got NaN or infinity")
     return given
 
 
-def _no_worse(run: Run) -> tuple[list[SubsetPass], Tensor]:
+def _no_worse(run: Run, dtype: torch.dtype, x: Tensor | None) -> Result:
     """Decode the latents that a run reached, and the start of each sample that got worse."""
-    before = run.objective.total(run.start).objective
-    if run.latents is run.start_latents:
-        return run.start, torch.zeros_like(before, dtype=torch.bool)
-    passes = run.model.top_down(run.latents, run.batch)
-    after = run.objective.total(passes).objective
-    refused = ~(after <= before + _SLACK * (1 + before.abs()))
-    if bool(refused.any()):
-        rows = [refused.reshape(-1, *[1] * (z.ndim - 1)) for z in run.latents]
-        kept = [torch.where(r, old, new) for r, old, new in zip(rows, run.start_latents, run.latents, strict=True)]
-        passes = run.model.top_down(kept, run.batch)
-    return passes, refused
+    objective = run.objective
+    before = objective.total(run.origin, run.term.data).objective
+    after, refused = before, torch.zeros_like(before, dtype=torch.bool)
+    if run.passes is not run.origin:
+        after = objective.total(run.passes, run.term.data).objective
+        refused = ~(after <= before + _SLACK * (1 + before.abs()))
+        if bool(refused.any()):
+            starts = [z for step in run.origin for z in step.latents]
+            pairs = zip(run.latents, starts, strict=True)
+            run.reach([torch.where(rows(refused, new), old, new) for new, old in pairs])
+            after = torch.where(refused, before, after)
+    return replace(run.model.result(run.passes, dtype, x), objective=after, refused=refused)
 
 
-def _iterate(number: int, step: int, problem: Problem, seconds: float) -> Iterate:
-    terms = problem.terms
-    if terms is None:
-        raise RuntimeError("a refiner's step must call problem.gradient at least once")
-    return Iterate(number, step, problem.scales, problem.latents, terms.nll, terms.data, seconds)
-
-
-def _record(history: History, iterate: Iterate) -> None:
-    history.problem.append(iterate.problem)
-    history.scale.append(max(iterate.scales))
-    nll, data = float(iterate.nll.mean()), float(iterate.data.mean())
-    history.nll.append(nll)
-    history.data.append(data)
-    history.objective.append(nll + data)
-    history.seconds.append(iterate.seconds)
+def _joined(results: Sequence[Result]) -> Result:
+    """The results of several chunks as one."""
+    if len(results) == 1:
+        return results[0]
+    joined: dict[str, Any] = {}
+    for name in (f.name for f in fields(Result)):
+        parts = [getattr(result, name) for result in results]
+        if isinstance(parts[0], Tensor):
+            joined[name] = torch.cat(parts)
+        elif isinstance(parts[0], list):
+            joined[name] = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    return Result(**joined)
 
 
 def check_by_scale(name: str, value: ByScale) -> None:
@@ -301,13 +357,3 @@ def check_by_scale(name: str, value: ByScale) -> None:
     checked = by_scale(name, value, scales)
     if name == "steps" and not all(isinstance(v, int) for v in checked.values()):
         raise TypeError(f"steps must be integers, got {value!r}")
-
-
-def _named(name: str, value: str | T, known: Mapping[str, type[T]], base: type[T]) -> T:
-    if isinstance(value, str):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {sorted(known)} or a {base.__name__}, got {value!r}")
-        return known[value]()
-    if not isinstance(value, base):
-        raise TypeError(f"{name} must be a name or a {base.__name__}, got {value!r}")
-    return value

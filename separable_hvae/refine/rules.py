@@ -2,19 +2,22 @@ r"""Update rules: one small step on the latents of a problem.
 
     gradient descent    z ← z − λ g
     Adam                z ← z − λ m̂ / (√v̂ + ε)
+    Gauss–Newton        z ← z + λ α d,   d ← −P g + β d,   α = −gᵀd / κ(d),   P = σ_q²
 
-Both act on each entry alone, so a sample's path does not depend on its neighbours.
+The last is a nonlinear conjugate gradient with the posterior's variance as preconditioner and the step
+length of the Gauss–Newton model along d. All act on each sample alone, so that its path does not
+depend on its neighbours.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.refine.problem import Problem
+from separable_hvae.refine.problem import Problem, dot, rows
 
 
 class Rule(ABC):
@@ -91,4 +94,74 @@ class Adam(Rule):
         return moved, (count, means, squares)
 
 
-RULES: dict[str, type[Rule]] = {"gd": GradientDescent, "adam": Adam}
+class GaussNewton(Rule):
+    """Preconditioned conjugate gradient with Gauss–Newton step lengths, for joint problems.
+
+    A step costs one pass more than a gradient and needs no step size: λ damps it, and falls to a quarter
+    for each sample whose objective rose, which goes back to where it came from.
+
+    Args:
+        local: Rule for problems that do not span the hierarchy, at its own step size: there, strong
+            rules drive the later latents' priors up.
+    """
+
+    default_step = 1.0
+    default_joint_step = 1.0
+
+    def __init__(self, local: Rule | None = None) -> None:
+        self.local = local or Adam()
+
+    @override
+    def step(
+        self, problem: Problem, latents: list[Tensor], sizes: Sequence[float], state: Any
+    ) -> tuple[list[Tensor], Any]:
+        if not problem.joint:
+            return self.local.step(problem, latents, [self.local.default_step] * len(latents), state)
+        gradients = problem.gradient(latents)
+        assert problem.terms is not None
+        here = _Point.at(problem, latents, gradients, state)
+        if state is not None:
+            rose = ~(here.objective <= state.objective)
+            here = _Point(*(_choose(rose, old, new) for old, new in zip(state, here, strict=True)))
+            # A sample that went back tries the same direction again, a quarter as far.
+            here = here._replace(trust=torch.where(rose, state.trust / 4, (2 * state.trust).clamp_max(1)))
+        moves = zip(here.latents, here.direction, sizes, strict=True)
+        return [z + rows(size * here.trust * here.length, z) * d for z, d, size in moves], here
+
+
+class _Point(NamedTuple):
+    """Where each sample stands and which way it looks."""
+
+    latents: list[Tensor]
+    objective: Tensor
+    gradients: list[Tensor]
+    preconditioned: list[Tensor]
+    direction: list[Tensor]
+    length: Tensor
+    trust: Tensor
+
+    @classmethod
+    def at(cls, problem: Problem, latents: list[Tensor], gradients: list[Tensor], before: "_Point | None") -> "_Point":
+        assert problem.terms is not None
+        preconditioned = [sigma.square() * g for sigma, g in zip(problem.spread, gradients, strict=True)]
+        direction = [-p for p in preconditioned]
+        if before is not None:
+            # Polak–Ribière, and steepest descent where that would not descend.
+            change = dot(gradients, preconditioned) - dot(before.gradients, preconditioned)
+            beta = (change / dot(before.gradients, before.preconditioned).clamp_min(1e-30)).clamp_min(0)
+            conjugate = [d + rows(beta, d) * old for d, old in zip(direction, before.direction, strict=True)]
+            direction = _choose(dot(gradients, conjugate) < 0, conjugate, direction)
+        slope = dot(gradients, direction)
+        length = -slope / problem.curvature(direction).clamp_min(1e-30)
+        trust = torch.ones_like(length)
+        return cls(latents, problem.terms.objective, gradients, preconditioned, direction, length, trust)
+
+
+def _choose(mask: Tensor, yes: Any, no: Any) -> Any:
+    """Samples of ``yes`` where the mask holds, of ``no`` elsewhere."""
+    if isinstance(yes, Tensor):
+        return torch.where(rows(mask, yes), yes, no)
+    return [_choose(mask, a, b) for a, b in zip(yes, no, strict=True)]
+
+
+RULES: dict[str, type[Rule]] = {"gd": GradientDescent, "adam": Adam, "gauss-newton": GaussNewton}

@@ -1,13 +1,18 @@
 """One batch's refinement: where it starts, what it aims at, what it has reached."""
 
 from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from separable_hvae.data_terms import BoundTerm
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.objective import Objective
+from separable_hvae.refine.execution import Execution
+from separable_hvae.refine.pieces import Whole
 from separable_hvae.subset import Evidence, SubsetPass
 
 Init = Literal["posterior", "prior"]
@@ -19,25 +24,30 @@ class Run:
     Args:
         model: The model, in evaluation mode.
         seen: The batch as the encoder sees it.
-        objective: The objective of the batch.
+        term: What is known of the batch.
+        guidance: β of each scale, coarse to fine.
         steps: Steps by scale.
         init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior, a list of L
             tensors from these.
         sample: Start from a draw instead of the mean.
         generator: Random numbers of the draw.
+        execution: How the pieces of problems run.
     """
 
     def __init__(
         self,
         model: HVAE,
         seen: Observation,
-        objective: Objective,
+        term: BoundTerm,
+        guidance: tuple[float, ...],
         steps: dict[int, int],
         init: Init | Sequence[Tensor],
         sample: bool,
         generator: torch.Generator | None,
+        execution: Execution,
     ) -> None:
-        self.model, self.seen, self.objective, self.steps = model, seen, objective, steps
+        self.model, self.seen, self.term, self.steps, self.execution = model, seen, term, steps, execution
+        self.objective = Objective(model, term.misfit, guidance)
         self.batch = len(seen.x)
         self.init = init
         self.given = None if isinstance(init, str) else list(init)
@@ -50,15 +60,52 @@ class Run:
                 temperature=1.0 if sample else 0.0,
                 generator=generator,
             )
+        self.origin = self.start
         self.start_latents = [z for step in self.start for z in step.latents]
-        self.latents = self.start_latents
+        self.spread = [_distribution(step, m)[1] for step in self.start for m in range(len(step.latents))]
         # A drawn start is kept as noise, so that it can move along with its distribution.
         self.noise = [_noise(step, sample) for step in self.start]
+        self.reach(self.start_latents, self.start)
 
-    def target(self, index: int, coarser: Sequence[Tensor]) -> tuple[Tensor, Evidence | None]:
-        """The target band of a subset, given the coarser bands, and what its posteriors see."""
-        target = self.model.target(index, self.seen, coarser)
-        return target, self.model.evidence(index, self.seen, target) if self.init == "posterior" else None
+    def reach(self, latents: list[Tensor], passes: list[SubsetPass] | None = None) -> None:
+        """Say what has been reached: one tensor for each layer, and the pass through them where it is known."""
+        self.latents, self._passes = latents, passes
+
+    def follow(self, run: "Run") -> None:
+        """Say that what another run has reached has been reached."""
+        self.latents, self._passes = run.latents, run._passes
+
+    @property
+    def passes(self) -> list[SubsetPass]:
+        """The pass through the latents that have been reached."""
+        if self._passes is None:
+            with torch.no_grad():
+                self._passes = self.model.top_down(self.latents, self.batch)
+        return self._passes
+
+    @cached_property
+    def whole(self) -> Whole:
+        """The full MAP objective."""
+        return Whole(self.objective)
+
+    def with_steps(self, steps: dict[int, int]) -> "Run":
+        """The same run with another number of steps."""
+        run = copy(self)
+        run.steps = steps
+        return run
+
+    def onwards(self, steps: dict[int, int]) -> "Run":
+        """A run that goes on from what this one has reached."""
+        run = self.with_steps(steps)
+        run.given = run.init = run.start_latents = self.latents
+        run.start, run.noise = self.passes, [None] * len(self.start)
+        return run
+
+    def evidence(self, index: int, coarser: Sequence[Tensor]) -> Evidence | None:
+        """What the posteriors of a subset see, given the coarser bands."""
+        if self.init != "posterior":
+            return None
+        return self.model.evidence(index, self.seen, self.model.target(index, self.seen, coarser))
 
     def enter(self, index: int, context: Tensor, evidence: Evidence | None) -> SubsetPass:
         """Where the latents of a subset start, under the context that flows into it now."""

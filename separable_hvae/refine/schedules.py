@@ -4,6 +4,7 @@ r"""Schedules: which latents move when, and against which objective.
     scale     all latents of a subset at once: their priors and their band                 eq. 6, by subset
     parallel  every latent at once, each subset against its own priors and band            eq. 6, pipelined
     joint     every latent at once: all priors and all bands                               full MAP
+    combined  parallel for four fifths of the steps, then joint
 
 ``latent`` and ``scale`` go top-down with everything coarser fixed and everything finer ignored, which
 is what separable bands buy; with the one band of ``Identity``, ``latent`` is eq. 4. Later latents of a
@@ -11,22 +12,26 @@ subset are completed with posterior means and held fixed while an earlier one mo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.objective import Terms
+from separable_hvae.refine.named import named
+from separable_hvae.refine.pieces import OneSubset, Outcome
 from separable_hvae.refine.problem import Problem
 from separable_hvae.refine.run import Run
+from separable_hvae.subset import SubsetPass
 
 
 class Schedule(ABC):
     """Turn the refinement of a batch into problems.
 
     A schedule yields one problem after the other; when it goes on, the problem's ``latents`` are those
-    that the update rule reached. At the end ``run.latents`` holds one tensor for each layer.
+    that the update rule reached. At the end it calls ``run.reach`` with one tensor for each layer.
     """
 
     @abstractmethod
@@ -35,29 +40,54 @@ class Schedule(ABC):
 
 
 class Scale(Schedule):
-    """All latents of a subset in one step, subset by subset."""
+    """All latents of a subset in one step, subset by subset.
+
+    Args:
+        sweeps: Times to go through the subsets, the steps being shared. From the second on, a data term
+            that mixes bands sees the finer ones of the sweep before.
+    """
+
+    def __init__(self, sweeps: int = 1) -> None:
+        if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
+            raise ValueError(f"sweeps must be an integer of at least 1, got {sweeps!r}")
+        self.sweeps = sweeps
 
     @override
     def problems(self, run: Run) -> Iterator[Problem]:
-        latents: list[Tensor] = []
-        coarser: list[Tensor] = []
-        context = run.context
+        finer: list[Tensor | None] = [None] * len(run.model.subsets)
+        for sweep in range(self.sweeps):
+            shares = {scale: _share(n, sweep, self.sweeps) for scale, n in run.steps.items()}
+            here = run.onwards(shares) if sweep else run
+            for problem in self._sweep(here, shares, finer):
+                problem.until = (sweep + problem.until) / self.sweeps
+                yield problem
+            run.follow(here)
+            finer = [step.band for step in run.passes]
+
+    def _sweep(self, run: Run, steps: dict[int, int], finer: Sequence[Tensor | None]) -> Iterator[Problem]:
+        passes: list[SubsetPass] = []
+        bands, context, first = list(finer), run.context, 0
         for i, subset in enumerate(run.model.subsets):
             with torch.no_grad():
-                target, evidence = run.target(i, coarser)
-                start = run.enter(i, context, evidence)
-
-            def objective(z: list[Tensor], i: int = i, context: Tensor = context, target: Tensor = target) -> Terms:
-                return run.objective.subset(i, run.model.subsets[i](context, z), target)
-
-            problem = Problem(start.latents, subset.scales, run.model.scales, run.steps[subset.scale], objective)
+                aim = run.term.aim(i, bands)
+                start = run.enter(i, context, run.evidence(i, [step.band for step in passes]))
+                held = [context, *subset.layers[0].enter(context), *aim]
+            last = first + len(subset.scales)
+            problem = Problem(
+                start.latents,
+                subset.scales,
+                run.model.scales,
+                steps[subset.scale],
+                [(OneSubset(run.objective, i), last - first, held)],
+                until=last / run.model.depth,
+                spread=run.spread[first:last],
+                execution=run.execution,
+            )
             yield problem
             with torch.no_grad():
-                final = subset(context, problem.latents)
-            latents += problem.latents
-            coarser.append(final.band)
-            context = final.context
-        run.latents = latents
+                passes.append(subset(context, problem.latents))
+            bands[i], context, first = passes[-1].band, passes[-1].context, last
+        run.reach([z for step in passes for z in step.latents], passes)
 
 
 class Latent(Schedule):
@@ -73,37 +103,37 @@ class Latent(Schedule):
     @override
     def problems(self, run: Run) -> Iterator[Problem]:
         latents: list[Tensor] = []
-        coarser: list[Tensor] = []
+        bands: list[Tensor | None] = [None] * len(run.model.subsets)
         context = run.context
         for i, subset in enumerate(run.model.subsets):
             with torch.no_grad():
-                target, evidence = run.target(i, coarser)
+                aim = run.term.aim(i, bands)
+                evidence = run.evidence(i, [band for band in bands[:i] if band is not None])
                 entered = final = run.enter(i, context, evidence)
             for m, scale in enumerate(subset.scales):
                 with torch.no_grad():
                     z = run.recentre(i, m, context, entered, evidence)
                     later = run.completion(i, m, z, context, evidence)
-
-                def objective(
-                    z: list[Tensor],
-                    i: int = i,
-                    m: int = m,
-                    context: Tensor = context,
-                    later: list[Tensor] = later,
-                    target: Tensor = target,
-                ) -> Terms:
-                    step = run.model.subsets[i](context, [*z, *later], start=m)
-                    terms = run.objective.subset(i, step, target)
-                    return Terms(-step.priors[0].log_prob(z[0]), terms.data) if self.own_prior else terms
-
-                problem = Problem([z], [scale], run.model.scales, run.steps[subset.scale], objective)
+                    held = [context, *subset.layers[m].enter(context), *later, *aim]
+                piece = OneSubset(run.objective, i, m, len(later), own_prior=self.own_prior)
+                spread = run.spread[len(latents) : len(latents) + 1]
+                problem = Problem(
+                    [z],
+                    [scale],
+                    run.model.scales,
+                    run.steps[subset.scale],
+                    [(piece, 1, held)],
+                    until=(len(latents) + 1) / run.model.depth,
+                    spread=spread,
+                    execution=run.execution,
+                )
                 yield problem
                 latents += problem.latents
                 with torch.no_grad():
                     final = subset(context, [*problem.latents, *later], start=m)
                 context = final.contexts[1] if later else final.context
-            coarser.append(final.band)
-        run.latents = latents
+            bands[i] = final.band
+        run.reach(latents)
 
 
 class Parallel(Schedule):
@@ -118,55 +148,63 @@ class Parallel(Schedule):
     """
 
     def __init__(self, recentre: int = 5) -> None:
-        if recentre < 0:
-            raise ValueError(f"recentre must be at least 0, got {recentre}")
+        if isinstance(recentre, bool) or not isinstance(recentre, int) or recentre < 0:
+            raise ValueError(f"recentre must be an integer of at least 0, got {recentre!r}")
         self.recentre = recentre
 
     @override
     def problems(self, run: Run) -> Iterator[Problem]:
         steps, subsets = _one_number(run, "parallel"), run.model.subsets
-        counts = [len(subset.scales) for subset in subsets]
-        passes = reached = run.start
         with torch.no_grad():
-            bands = [step.band for step in passes]
-            aims = [run.target(i, bands[:i]) for i in range(len(subsets))]
+            bands = [step.band for step in run.start]
+            evidence = [run.evidence(i, bands[:i]) for i in range(len(subsets))]
+            inflows = [[*step.contexts, step.context] for step in run.start]
+        centres = self._centres(run, inflows, evidence)
 
-        def guesses() -> list[Tensor] | None:
-            if run.init != "posterior":
-                return None
-            means: list[Tensor] = []
+        def pieces(inflows: list[list[Tensor]], bands: list[Tensor]) -> list[tuple[OneSubset, int, list[Tensor]]]:
+            entries = [run.context, *(contexts[-1] for contexts in inflows[:-1])]
             with torch.no_grad():
-                for subset, step, (_, evidence) in zip(subsets, passes, aims, strict=True):
-                    assert evidence is not None
-                    layers = zip(subset.layers, step.contexts, evidence, strict=True)
-                    means += [layer.guess(context, e).mean for layer, context, e in layers]
-            return means
+                return [
+                    (OneSubset(run.objective, i, entered=False), len(s.scales), [entries[i], *run.term.aim(i, bands)])
+                    for i, s in enumerate(subsets)
+                ]
 
-        def objective(z: list[Tensor]) -> Terms:
-            nonlocal reached
-            contexts = [run.context, *(step.context.detach() for step in passes[:-1])]
-            split = torch.tensor(counts).cumsum(0).tolist()
-            parts = [z[end - n : end] for end, n in zip(split, counts, strict=True)]
-            reached = [s(context, part) for s, context, part in zip(subsets, contexts, parts, strict=True)]
-            terms = [run.objective.subset(i, step, aims[i][0]) for i, step in enumerate(reached)]
-            return Terms(torch.stack([t.nll for t in terms]).sum(0), torch.stack([t.data for t in terms]).sum(0))
-
-        centres = guesses()
-
-        def settle(latents: list[Tensor], done: int) -> list[Tensor]:
-            nonlocal passes, centres
+        def settle(problem: Problem, latents: list[Tensor], done: int) -> list[Tensor]:
             # Contexts change between steps only: a rule may ask for several gradients of one objective.
-            passes = reached
+            nonlocal centres
+            reached: list[Outcome] = problem.outcomes
+            inflows = [outcome.contexts for outcome in reached]
+            problem.pieces = list(pieces(inflows, [outcome.bands[0] for outcome in reached]))
             if centres is None or not self.recentre or done % self.recentre or done == steps:
                 return latents
-            old, centres = centres, guesses()
+            old, centres = centres, self._centres(run, inflows, evidence)
             assert centres is not None
             return [z + new - before for z, new, before in zip(latents, centres, old, strict=True)]
 
-        scales = run.model.scales
-        problem = Problem(run.start_latents, run.model.layer_scales, scales, steps, objective, settle=settle)
+        problem = Problem(
+            run.start_latents,
+            run.model.layer_scales,
+            run.model.scales,
+            steps,
+            pieces(inflows, bands),
+            spread=run.spread,
+            settle=settle,
+            execution=run.execution,
+        )
         yield problem
-        run.latents = problem.latents
+        run.reach(problem.latents)
+
+    @staticmethod
+    def _centres(run: Run, inflows: list[list[Tensor]], evidence: Sequence[Any]) -> list[Tensor] | None:
+        """What the encoder says of each latent under the contexts that flow into the layers."""
+        if run.init != "posterior":
+            return None
+        with torch.no_grad():
+            return [
+                layer.guess(context, seen).mean
+                for subset, contexts, all_seen in zip(run.model.subsets, inflows, evidence, strict=True)
+                for layer, context, seen in zip(subset.layers, contexts[:-1], all_seen, strict=True)
+            ]
 
 
 class Joint(Schedule):
@@ -177,19 +215,52 @@ class Joint(Schedule):
 
     @override
     def problems(self, run: Run) -> Iterator[Problem]:
-        def objective(z: list[Tensor]) -> Terms:
-            return run.objective.total(run.model.top_down(z, run.batch))
-
         problem = Problem(
             run.start_latents,
             run.model.layer_scales,
             run.model.scales,
             _one_number(run, "joint"),
-            objective,
+            [(run.whole, run.model.depth, run.term.data)],
             joint=True,
+            spread=run.spread,
+            execution=run.execution,
         )
         yield problem
-        run.latents = problem.latents
+        run.reach(problem.latents)
+
+
+class Chain(Schedule):
+    """One schedule after the other, each going on from where the last one stopped.
+
+    Args:
+        parts: Schedules, by name or instance, with their shares of the steps.
+    """
+
+    def __init__(self, *parts: tuple[str | Schedule, float]) -> None:
+        if not parts or not all(share > 0 for _, share in parts):
+            raise ValueError(f"Chain takes pairs of a schedule and a positive share of the steps, got {parts!r}")
+        # type-abstract: mypy wants a class that can be built, where only isinstance is asked of it.
+        self.schedules = [named("schedule", s, SCHEDULES, Schedule) for s, _ in parts]  # type: ignore[type-abstract]
+        total = sum(share for _, share in parts)
+        self.ends = [0.0]
+        for _, share in parts:
+            self.ends.append(self.ends[-1] + share / total)
+
+    @override
+    def problems(self, run: Run) -> Iterator[Problem]:
+        for schedule, (begin, end) in zip(self.schedules, pairwise(self.ends), strict=True):
+            steps = {scale: round(n * end) - round(n * begin) for scale, n in run.steps.items()}
+            if any(steps.values()):
+                part = run.onwards(steps) if begin else run.with_steps(steps)
+                for problem in schedule.problems(part):
+                    problem.until = begin + (end - begin) * problem.until
+                    yield problem
+                run.follow(part)
+
+
+def _share(steps: int, sweep: int, sweeps: int) -> int:
+    """Steps of one sweep, so that all sweeps together have as many as asked for."""
+    return steps * (sweep + 1) // sweeps - steps * sweep // sweeps
 
 
 def _one_number(run: Run, schedule: str) -> int:
@@ -201,4 +272,10 @@ def _one_number(run: Run, schedule: str) -> int:
     return numbers.pop()
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"latent": Latent, "scale": Scale, "parallel": Parallel, "joint": Joint}
+SCHEDULES: dict[str, Callable[[], Schedule]] = {
+    "latent": Latent,
+    "scale": Scale,
+    "parallel": Parallel,
+    "joint": Joint,
+    "combined": lambda: Chain(("parallel", 0.8), ("joint", 0.2)),
+}

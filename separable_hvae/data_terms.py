@@ -1,0 +1,197 @@
+r"""Data terms: what is known of a batch of signals, and how far bands are from it.
+
+A data term d is summed over a sample's entries and never over the batch, so a sample's result does not
+depend on its neighbours. Known signals are compared by the model's own likelihood,
+
+    "l2"    ‖ĥ − h‖² / 2σ²            Gaussian with the model's σ
+    "l1"    √2 ‖ĥ − h‖₁ / σ           Laplace of the same variance
+
+which orthonormal bands split exactly, band by band. Other decompositions have one data term on the
+signal, and each subset aims at the target that its coarser bands leave it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from typing_extensions import override
+
+from separable_hvae.decomposition import Decomposition, full_precision, pack
+from separable_hvae.hvae import HVAE, Observation
+
+LossName = Literal["l1", "l2"]
+Loss = LossName | Callable[[Tensor, Tensor], Tensor]
+
+
+class Misfit(ABC):
+    """How far bands are from what is known, as a pure function of tensors.
+
+    Instances with equal settings are equal and have equal hashes, so that what was compiled for one
+    serves the other.
+    """
+
+    @abstractmethod
+    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+        """The part of subset ``index``, in nats: ``(B,)``.
+
+        Args:
+            index: Number of the subset.
+            band: Its band ``(B, *band_shape)``.
+            aim: What it aims at, see :class:`BoundTerm`.
+        """
+
+    @abstractmethod
+    def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        """The whole misfit in nats, as pairs of the scale whose guidance weighs it and ``(B,)``."""
+
+
+@dataclass(frozen=True)
+class BoundTerm:
+    """A data term for one model and one batch.
+
+    Attributes:
+        misfit: The pure function.
+        data: The tensors that :meth:`Misfit.total` compares with.
+        aim: Gives the tensors that :meth:`Misfit.local` compares a subset's band with, from its number and
+            the bands of all subsets, ``None`` where one is not known yet.
+    """
+
+    misfit: Misfit
+    data: list[Tensor]
+    aim: Callable[[int, Sequence[Tensor | None]], list[Tensor]]
+
+
+class DataTerm(ABC):
+    """What is known of a batch of signals."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def rows(self, rows: slice | Tensor) -> "DataTerm":
+        """The same of some samples: a slice, or their numbers ``(N,)``, which may repeat."""
+
+    @abstractmethod
+    def guess(self, model: HVAE) -> Tensor:
+        """Signals ``(B, C, *size)`` for the encoder to look at, in the model's precision and on its device.
+
+        Raises:
+            TypeError: If what is known has a dtype that does not fit the model.
+            ValueError: If its shape does not fit.
+        """
+
+    @abstractmethod
+    def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
+        """Make ready for a model, whose encoder has seen the guess."""
+
+
+class Signal(DataTerm):
+    """The signals themselves are known.
+
+    Args:
+        x: Signals ``(B, C, *size)``.
+        loss: ``"l2"``, ``"l1"``, or a callable ``(h_hat, h) -> (B,)`` on real tensors, in nats.
+    """
+
+    def __init__(self, x: Tensor, loss: Loss = "l2") -> None:
+        self.x, self.loss = x, loss
+
+    @override
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @override
+    def rows(self, rows: slice | Tensor) -> "Signal":
+        return Signal(self.x[rows], self.loss)
+
+    @override
+    def guess(self, model: HVAE) -> Tensor:
+        x = model.decomp.check_signal(self.x)
+        return x.clone() if x.is_inference() else x.detach()
+
+    @override
+    def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
+        distance = Distance(self.loss, float(model.sigma.detach()))
+        if seen.targets is not None:
+            targets = [target.detach() for target in seen.targets]
+            return BoundTerm(BandMisfit(model.decomp, distance), targets, lambda i, _: [targets[i]])
+
+        def aim(index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
+            coarser = [band for band in bands[:index] if band is not None]
+            return [model.target(index, seen, coarser)]
+
+        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x], aim)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A loss between two real tensors, in nats: ``(B,)``.
+
+    Args:
+        loss: ``"l2"``, ``"l1"``, or a callable ``(h_hat, h) -> (B,)``.
+        sigma: Standard deviation of the named ones.
+    """
+
+    loss: Loss
+    sigma: float
+
+    def __call__(self, h_hat: Tensor, h: Tensor) -> Tensor:
+        """Measure, and check that a user's loss gives one number for each sample."""
+        if self.loss == "l2":
+            return squared_error(h_hat, h) / (2 * self.sigma**2)
+        if self.loss == "l1":
+            return math.sqrt(2) / self.sigma * absolute_error(h_hat, h)
+        d = self.loss(h_hat, h)
+        if not isinstance(d, Tensor) or d.shape != h.shape[:1]:
+            got = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
+            raise ValueError(f"loss must return one number for each sample, shape {tuple(h.shape[:1])}, got {got}")
+        return d
+
+
+@dataclass(frozen=True)
+class BandMisfit(Misfit):
+    """Orthonormal bands against known ones, each on its own."""
+
+    decomp: Decomposition
+    distance: Distance
+
+    @override
+    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+        return self.distance(band, aim[0])
+
+    @override
+    def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        parts = zip(self.decomp.band_scales, bands, data, strict=True)
+        return [(scale, self.distance(band, target)) for scale, band, target in parts]
+
+
+@dataclass(frozen=True)
+class SignalMisfit(Misfit):
+    """Bands of any decomposition against a known signal."""
+
+    decomp: Decomposition
+    distance: Distance
+
+    @override
+    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+        return self.distance(band, aim[0])
+
+    @override
+    def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        with full_precision(bands[0].device):
+            reconstruction = self.decomp.synthesis(bands)
+        return [(self.decomp.scales[-1], self.distance(pack(reconstruction), pack(data[0])))]
+
+
+def squared_error(h_hat: Tensor, h: Tensor) -> Tensor:
+    """``‖ĥ − h‖²``, summed over everything but the batch: ``(B,)``."""
+    return (h_hat - h).square().flatten(1).sum(1)
+
+
+def absolute_error(h_hat: Tensor, h: Tensor) -> Tensor:
+    """``‖ĥ − h‖₁``, summed over everything but the batch: ``(B,)``."""
+    return (h_hat - h).abs().flatten(1).sum(1)

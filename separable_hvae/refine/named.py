@@ -1,0 +1,22 @@
+"""Settings that are a name or an instance."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def named(name: str, value: Any, known: Mapping[str, Callable[[], T]], base: type[T]) -> T:
+    """Return the instance that ``value`` is or names.
+
+    Raises:
+        TypeError: If it is neither a name nor an instance of ``base``.
+        ValueError: If the name is unknown.
+    """
+    if isinstance(value, str):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {sorted(known)} or a {base.__name__}, got {value!r}")
+        return known[value]()
+    if not isinstance(value, base):
+        raise TypeError(f"{name} must be a name or a {base.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,198 @@
+"""However the pieces run, the result is the same."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from separable_hvae import HVAE, FFT1Real, Identity, MAPRefiner, Result
+from separable_hvae.refine import Compiled, CudaGraphs, Eager
+from tests.test_hvae import tiny
+from tests.test_refine import assert_equal, few
+from tests.zoo import signal
+
+
+def assert_same(result: Result, expected: Result, tolerance: float = 0.0) -> None:
+    for a, b in zip(result.latents, expected.latents, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.objective, expected.objective)
+
+
+def test_threads_change_nothing() -> None:
+    model, shared = few(), torch.get_num_threads()
+    x = signal(model.decomp, 3)
+    expected = MAPRefiner(6, schedule="parallel", execution=Eager(threads=1))(model, x)
+    assert_same(MAPRefiner(6, schedule="parallel", execution=Eager(threads=2))(model, x), expected)
+    assert torch.get_num_threads() == shared
+
+    def fails(h_hat: Tensor, h: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        MAPRefiner(6, loss=fails, schedule="parallel", execution=Eager(threads=2))(model, x)
+
+
+@pytest.mark.parametrize(
+    ("threads", "error", "message"),
+    [
+        (0, ValueError, "threads must be at least 1, got 0"),
+        (1.5, TypeError, "threads must be an integer or None, got 1.5"),
+    ],
+)
+def test_bad_threads(threads: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Eager(threads)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_pieces_give_the_same_and_follow_the_weights() -> None:
+    torch.manual_seed(0)
+    model = HVAE(FFT1Real(4), scales=[4], layers=2, width=4, bottleneck=4, blocks=0)
+    x = signal(model.decomp, 3, dtype=torch.float32)
+    execution = Compiled()
+    compiled = MAPRefiner(3, execution=execution)
+    for _ in range(2):
+        assert_same(compiled(model, x), MAPRefiner(3)(model, x), 1e-4)
+        assert len(execution._compiled) == 1
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.1)
+
+
+def test_what_looks_at_values_cannot_be_compiled() -> None:
+    def two_faced(h_hat: Tensor, h: Tensor) -> Tensor:
+        error = (h_hat - h).square().flatten(1).sum(1)
+        return error if float(error.sum()) > 1 else 2 * error
+
+    model = tiny(Identity((4,), channels=1))
+    x = signal(model.decomp, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"OneSubset cannot be traced.*execution='eager' runs it"):
+        MAPRefiner(1, loss=two_faced, execution="compiled")(model, x)
+
+
+class Recording:
+    """Stands in for a CUDA graph: what is recorded runs again on the same memory."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.again: Callable[[], Any]
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.again()
+
+
+class Stream:
+    """Stands in for a CUDA stream."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        assert isinstance(other, Stream)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Let CUDA graphs record on the CPU."""
+    from separable_hvae.refine import execution
+
+    made: list[Recording] = []
+
+    def record() -> Recording:
+        made.append(Recording())
+        return made[-1]
+
+    @contextmanager
+    def nothing(*_: Any) -> Iterator[None]:
+        yield
+
+    class Recorded(execution._Recorded):
+        def __init__(self, method: str, calls: Any) -> None:
+            super().__init__(method, calls)
+            first, inputs = 0, []
+            for call in calls:
+                n, m = len(call.moving), len(call.held)
+                inputs.append(call._replace(moving=self.inputs[first : first + n], held=self.inputs[first + n :][:m]))
+                first += n + m
+
+            def again() -> None:
+                leaves, _ = pytree.tree_flatten(execution._on_streams(method, inputs))
+                torch._foreach_copy_(self.outputs, leaves)
+
+            self.graph.again = again  # type: ignore[attr-defined]
+
+    main = Stream()
+    monkeypatch.setattr(execution, "_Recorded", Recorded)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
+    monkeypatch.setattr(torch.cuda, "graph", nothing)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nothing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(execution, "_on_cuda", lambda _: True)
+    return made
+
+
+@pytest.mark.parametrize(("schedule", "graphs"), [("scale", 2), ("parallel", 1), ("joint", 1)])
+def test_recorded_steps_give_the_same(schedule: str, graphs: int, recordings: list[Recording]) -> None:
+    model = few()
+    x = signal(model.decomp, 3)
+    refiner = MAPRefiner(6, schedule=schedule, execution=CudaGraphs())
+    for y in (x, 2 * x):
+        assert_same(refiner(model, y), MAPRefiner(6, schedule=schedule)(model, y))
+    assert len(recordings) == graphs
+    assert sum(r.replays for r in recordings) == 12 * graphs
+    # Weights that are trained in place are seen, weights elsewhere are recorded anew.
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    assert_same(refiner(model, x), MAPRefiner(6, schedule=schedule)(model, x))
+    assert len(recordings) == graphs
+    for p in model.parameters():
+        p.data = p.data.clone()
+    assert_same(refiner(model, x), MAPRefiner(6, schedule=schedule)(model, x))
+    assert len(recordings) == 2 * graphs
+
+
+def test_graphs_need_a_gpu() -> None:
+    model = few()
+    with pytest.raises(ValueError, match="CUDA graphs need a model on a CUDA device, got cpu"):
+        MAPRefiner(1, execution="cuda-graphs")(model, signal(model.decomp))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("schedule", ["scale", "parallel", "joint"])
+def test_cuda_graphs_give_the_same(schedule: str) -> None:
+    model = few().cuda()
+    x = signal(model.decomp, 3).cuda()
+    refiner = MAPRefiner(6, schedule=schedule, execution="cuda-graphs")
+    for y in (x, 2 * x):
+        assert_same(refiner(model, y), MAPRefiner(6, schedule=schedule)(model, y), 1e-9)
+
+
+@pytest.mark.parametrize("execution", [Eager(threads=1), Eager(threads=2)], ids=["serial", "threads"])
+def test_bfloat16_states_its_error(execution: Eager) -> None:
+    model = tiny(FFT1Real(4, scales=[1, 4]), sigma=0.3)
+    x = signal(model.decomp, 3, dtype=torch.float32)
+    full = MAPRefiner(6, schedule="parallel", execution=execution)(model, x)
+    low = MAPRefiner(6, schedule="parallel", execution=execution, precision="bfloat16")(model, x)
+    assert full.history.rounding is None
+    assert 1e-5 < low.history.rounding < 0.05
+    assert not torch.equal(low.latents[0], full.latents[0])
+    for name in ("reconstruction", "nll", "objective"):
+        assert getattr(low, name).dtype == torch.float32
+    # The result is decoded in full: its objective is that of its latents.
+    decoded = model.decode(low.latents)
+    assert_equal([decoded.reconstruction], [low.reconstruction], exactly=False)
+    assert low.objective is not None
+    assert full.objective is not None
+    start = MAPRefiner(0)(model, x).objective
+    assert start is not None
+    assert bool((low.objective < start).all())
+
+
+def test_tf32_needs_a_gpu() -> None:
+    model = few()
+    with pytest.raises(ValueError, match="precision 'tf32' needs a CUDA device, got cpu"):
+        MAPRefiner(1, precision="tf32")(model, signal(model.decomp))
