@@ -25,7 +25,7 @@ def smooth(n: int, bins: int = 6, seed: int = 0) -> Complex:
     coefficients = noise(bins, bins, seed=seed)
     at = (np.arange(n) - n // 2) / n
     waves = np.exp(2j * np.pi * np.outer(at, np.arange(bins) - bins // 2))
-    return (waves @ coefficients @ waves.T).astype(np.complex64)
+    return np.asarray(waves @ coefficients @ waves.T, np.complex64)
 
 
 def kspace(image: Complex) -> Complex:

@@ -3,6 +3,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,9 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from separable_hvae import HVAE, FFT1Complex, FFT1Real, FitReport, Identity, Result, evaluate, fit
+from separable_hvae.batches import checksum
 from separable_hvae.decomposition import pack
+from separable_hvae.records import Records
 from tests import zoo
 from tests.test_hvae import layer_passes, seeded, tiny
 
@@ -328,6 +331,68 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
         train(fresh(), checkpoint=tmp_path, steps=2)
 
 
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    path, log = tmp_path / "checkpoint.safetensors", tmp_path / "log.jsonl"
+    train(fresh(), steps=8, checkpoint=tmp_path, log=log, augment=Interrupt(3))
+    before, lines = path.read_bytes(), log.read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(x: Tensor, generator: torch.Generator) -> Tensor:
+        # No file may grow beyond what the log has by now.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(lines) + 100, limits[1]))
+        return x
+
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            train(fresh(), checkpoint=tmp_path, log=log, augment=fill)
+        with pytest.raises(
+            OSError, match=re.escape(f"{path} was not written, an earlier checkpoint is kept: [Errno 27]")
+        ):
+            train(fresh(), checkpoint=tmp_path, augment=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert log.read_text().startswith(lines)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, log.name]
+    # With room again the run goes on, and what the log lost is written anew.
+    model, whole = fresh(), fresh()
+    train(model, checkpoint=tmp_path, log=log)
+    train(whole)
+    assert same(weights(model), weights(whole))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 9))
+
+
+def test_the_log_of_a_resumed_run(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "log.jsonl"
+    Records(path, 0).write({"step": 1})
+    for step in (2, 3, 4):
+        Records(path, 0).write({"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    records = Records(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    records.write({"step": 3})
+    assert path.read_text().endswith('{"step": 2}\n{"step": 3}\n')
+    assert [p.name for p in path.parent.iterdir()] == ["log.jsonl"]
+    path.write_text("notes\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path} is no log of a training run")):
+        Records(path, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_the_checksum_sees_every_bit(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 7, generator=seeded()).to(dtype)
+    bits = np.ascontiguousarray(x.numpy()).view({2: np.int16, 4: np.int32, 8: np.int64}[x.real.itemsize]).ravel()
+    places = [2 * (i * 0x1E3779B97F4A7C15) + 1 for i in range(len(bits))]
+    assert checksum(x) == sum(p * int(b) for p, b in zip(places, bits, strict=True)) % 2**64
+    assert checksum(x.flip(0)) != checksum(x)
+    for i in range(5):
+        changed = x.clone()
+        changed[i, 2] = torch.nextafter(x.real[i, 2].float(), torch.tensor(9.0)) if dtype == torch.float32 else 0
+        assert checksum(changed) != checksum(x)
+
+
 class Clock:
     """A clock that each batch moves by one second."""
 
@@ -428,6 +493,38 @@ def test_heldout_evaluation_and_log(tmp_path: Path) -> None:
     assert len(log.read_text().splitlines()) == len(report.records) + 2
 
 
+def test_the_callback_sees_the_records_and_the_average(tmp_path: Path) -> None:
+    seen: list[tuple[dict[str, Any], bool, dict[str, Tensor]]] = []
+
+    def callback(record: dict[str, Any], average: HVAE) -> None:
+        seen.append((record, average.training, weights(average)))
+        average.sample(2)
+
+    model, alone = fresh(), fresh()
+    report = train(model, steps=10, heldout=waves(6), callback=callback)
+    train(alone, steps=10)
+    assert [record for record, _, _ in seen] == report.records
+    assert not any(training for _, training, _ in seen)
+    assert same(seen[-1][2], weights(model))
+    assert same(weights(alone), weights(model))
+
+
+def test_residuals_of_the_bands() -> None:
+    model, seen = fresh(), list[Tensor]()
+
+    def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(x)
+        generator.manual_seed(0)
+        return x
+
+    model.calibrate(waves())
+    before = fresh()
+    before.calibrate(waves())
+    report = train(model, steps=1, augment=augment)
+    bands = before.decomp.analysis(before(seen[0], seeded()).reconstruction.detach() - seen[0])
+    assert report.records[0]["residual"] == pytest.approx([float(b.square().mean().sqrt()) for b in bands], rel=1e-5)
+
+
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     train(fresh(), steps=3, progress=True)
     shown = capsys.readouterr().err
@@ -477,6 +574,91 @@ def test_evaluate_against_direct_computation(is_complex: bool) -> None:
         },
         rel=1e-6,
     )
+
+
+# Mixed precision and several processes.
+
+
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        model, plain = fresh(), fresh()
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        half = train(model, steps=40, learning_rate=1e-2, accelerator=accelerator)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    full = train(plain, steps=40, learning_rate=1e-2)
+    losses, expected = ([r["loss"] for r in report.records] for report in (half, full))
+    assert losses[0] != expected[0]
+    assert losses == pytest.approx(expected, rel=0.2, abs=0.5)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    # The model that comes back computes in full precision.
+    before = model.encode(waves()).reconstruction
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(model.encode(waves()).reconstruction, before)
+    assert torch.equal(
+        model(waves(), seeded()).reconstruction,
+        model.encode(waves(), temperature=1.0, generator=seeded()).reconstruction,
+    )
+
+
+TWO_PROCESSES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator, debug_launcher
+from tests.test_training import fresh, train
+
+out = Path(sys.argv[1])
+
+def work():
+    accelerator, count = Accelerator(cpu=True), 0
+
+    def augment(x, generator):
+        nonlocal count
+        count += 1
+        if count == 3 and accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return x
+
+    for part in ("first", "second"):
+        model = fresh()
+        report = train(model, steps=6, batch_size=4, accelerator=accelerator, augment=augment, checkpoint=out)
+        result = {"steps": report.steps, "interrupted": report.interrupted, "weights": model.state_dict()}
+        torch.save(result, out / f"{part}-{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+
+torch.set_num_threads(1)
+debug_launcher(work, num_processes=2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
+def test_two_processes_stay_together(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {p.stem: torch.load(p, weights_only=True) for p in tmp_path.glob("*.pt")}
+    # A signal to one of them stops both at the same step, and both go on from there.
+    ends = {name: (run["steps"], run["interrupted"]) for name, run in found.items()}
+    assert ends == {"first-0": (3, True), "first-1": (3, True), "second-0": (6, False), "second-1": (6, False)}
+    for part in ("first", "second"):
+        assert same(found[f"{part}-0"]["weights"], found[f"{part}-1"]["weights"])
+    # Two processes with half the batch each see other noise than one, but learn alike.
+    single = fresh()
+    train(single, steps=6, batch_size=8)
+    assert not same(weights(single), found["second-0"]["weights"])
+    for k, v in weights(single).items():
+        torch.testing.assert_close(found["second-0"]["weights"][k], v, rtol=0.5, atol=0.05)
 
 
 # Bad input.
