@@ -1,0 +1,109 @@
+"""How good reconstructions are, and tables and pictures of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from problems import Case, to_kspace
+from scipy.stats import wilcoxon
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from separable_hvae import Decomposition
+
+CHOSEN = "separable, joint, corrected"
+AGAINST = [
+    "total variation",
+    "wavelet sparsity",
+    "vanilla, joint, corrected",
+    "vanilla, PnP-HVAE",
+    "separable, amortized",
+]
+DIGITS = {"psnr": 2, "ssim": 3, "nmse": 4}
+
+
+def quality(found: Tensor, x: Tensor) -> dict[str, Any]:
+    """PSNR in dB, SSIM and NMSE of each image, with mean and standard error.
+
+    Complex images are compared as magnitudes in PSNR and SSIM, whose range is the original's largest, as is
+    usual in MRI; NMSE is that of the complex numbers. Real ones have the range 2, from -1 to 1.
+    """
+    a, b = (found.abs(), x.abs()) if x.is_complex() else (found, x)
+    span = b.amax((1, 2, 3)) if x.is_complex() else torch.full((len(x),), 2.0)
+    psnr = 10 * torch.log10(span.square() / (a - b).square().mean((1, 2, 3)))
+    nmse = (found - x).abs().square().sum((1, 2, 3)) / x.abs().square().sum((1, 2, 3))
+    pairs = zip(a.double().numpy(), b.double().numpy(), span.tolist(), strict=True)
+    ssim = [structural_similarity(u, v, data_range=s, channel_axis=0) for u, v, s in pairs]
+    values = {"psnr": psnr.double().numpy(), "ssim": np.array(ssim), "nmse": nmse.double().numpy()}
+    return {
+        name: {"mean": float(v.mean()), "se": float(v.std(ddof=1) / len(v) ** 0.5), "each": v.round(5).tolist()}
+        for name, v in values.items()
+    }
+
+
+def significance(table: Mapping[str, Any]) -> dict[str, float]:
+    """p-values of paired Wilcoxon tests on PSNR, the refined separable model against others."""
+    mine = np.array(table[CHOSEN]["psnr"]["each"])
+    return {
+        name: float(wilcoxon(mine, np.array(table[name]["psnr"]["each"])).pvalue) for name in AGAINST if name in table
+    }
+
+
+def known_error(case: Case, found: Tensor, decomp: Decomposition) -> float:
+    """Squared error in the bands that are known, summed over all images."""
+    assert case.known is not None
+    bands = zip(decomp.analysis(found), case.known.bands, strict=False)
+    return sum(float((h - k).square().sum()) for h, k in bands if k is not None)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """One table for each problem."""
+    about = f"{report['images']} held-out images of {report['label']}, {report['steps']} steps; mean ± standard error."
+    lines = [about]
+    for problem, found in report["problems"].items():
+        lines += ["", f"## {problem}", "", "| method | PSNR, dB | SSIM | NMSE | ms/image | p |", "|---" * 6 + "|"]
+        for name, row in found["methods"].items():
+            cells = [f"{row[k]['mean']:.{d}f} ± {row[k]['se']:.{d}f}" for k, d in DIGITS.items()]
+            p = f"{found['p'][name]:.1g}" if name in found["p"] else ""
+            lines.append(f"| {name} | {' | '.join(cells)} | {row['ms']:.1f} | {p} |")
+        if "known bands" in found:
+            errors = found["known bands"]
+            share = errors["separable, joint"] / errors["separable, amortized"]
+            lines += ["", f"Squared error in the known bands, “separable, joint” over amortized: {share:.2%}."]
+        if found["calibration"]:
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in found["calibration"].items())
+            lines += ["", f"{report['draws']} posterior draws: {shown}."]
+    lines += ["", f"p: paired Wilcoxon test of PSNR between that row and “{CHOSEN}”."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(case: Case, x: Tensor, solved: Mapping[str, Tensor], mean: Tensor | None, deviation: Tensor | None) -> Figure:
+    """Three images: original, some methods, and the uncertainty; complex ones with log-magnitude k-space too."""
+    names = ["adjoint (zero-filled)", "total variation", "vanilla, PnP-HVAE", "separable, amortized", CHOSEN]
+    columns = {"original": x} | {name: solved[name] for name in names if name in solved}
+    if mean is not None and deviation is not None:
+        columns |= {"mean of draws": mean, "σ of draws": deviation}
+    rows = [(i, kind) for i in range(3) for kind in (["image", "k-space"] if x.is_complex() else ["image"])]
+    figure = Figure(figsize=(1.5 * len(columns), 1.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for (i, kind), line in zip(rows, axes, strict=True):
+        top = float(x[i].abs().max())
+        spectrum = to_kspace(x[i]).abs().clamp_min(1e-3).log()
+        for (name, images), panel in zip(columns.items(), line, strict=True):
+            image = images[i].detach()
+            if name.startswith("σ"):
+                panel.imshow(image[0].abs(), cmap="magma", vmin=0)
+            elif kind == "k-space":
+                shown = to_kspace(image).abs().clamp_min(1e-3).log()[0]
+                panel.imshow(shown, cmap="magma", vmin=float(spectrum.min()), vmax=float(spectrum.max()))
+            elif x.is_complex():
+                panel.imshow(image[0].abs(), cmap="gray", vmin=0, vmax=top)
+            else:
+                panel.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
+            panel.set(xticks=[], yticks=[])
+            if line is axes[0]:
+                panel.set_title(name, fontsize=7)
+    figure.suptitle(case.name, fontsize=9)
+    return figure

@@ -1,0 +1,204 @@
+r"""Known bands: some coefficients of some bands, with the rest left to the prior.
+
+    d(h) = Σ_s ‖m_s ⊙ (ĥ_s − h_s)‖² / 2v,        v = σ² + σ_n²
+
+m_s marks what is known of band s, σ is the model's and σ_n that of the known values. Orthonormal bands
+make every part local: the paper's deblurring knows all bands up to a scale and nothing of the finer ones,
+and undersampled k-space knows some entries of every Fourier band.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
+from separable_hvae.decomposition import Decomposition, check_finite, full_precision
+from separable_hvae.hvae import HVAE, Observation
+from separable_hvae.noise import GaussianNoise
+from separable_hvae.prior import mean_bands, precision, standard
+
+
+class KnownBands(DataTerm):
+    """Some bands are known, or some coefficients of them.
+
+    The encoder sees the known coefficients, and elsewhere the mean of each coefficient that the model was
+    calibrated with.
+
+    Args:
+        bands: Bands coarse to fine, ``(B, *band_shape)`` each; ``None``, and what is missing at the end, is
+            not known. Values that are not known may be anything.
+        masks: For each band, which of its coefficients are known: a bool tensor that broadcasts to
+            ``(B, *band_shape)``, or ``None`` for all; ``None`` alone knows all of every band given.
+        sigma: Standard deviation of the known values; 0 where they are exact.
+
+    Raises:
+        TypeError: If a band or mask is no tensor of its kind.
+        ValueError: If no band is given, sizes do not fit, or sigma is negative.
+    """
+
+    def __init__(
+        self, bands: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None = None, sigma: float = 0.0
+    ) -> None:
+        self.noise = GaussianNoise(sigma)
+        given = [band for band in bands if band is not None]
+        if not given:
+            raise ValueError("bands must hold at least one tensor: nothing is known without")
+        if len({len(band) for band in given}) > 1:
+            raise ValueError(f"bands must have one batch size, got {[len(band) for band in given]}")
+        masks = [None] * len(bands) if masks is None else masks
+        if len(masks) != len(bands):
+            raise ValueError(f"masks must have one entry for each of the {len(bands)} bands, got {len(masks)}")
+        self.bands = list(bands)
+        self.masks = [_mask(i, mask, band) for i, (mask, band) in enumerate(zip(masks, bands, strict=True))]
+
+    @classmethod
+    def of(
+        cls, x: Tensor, decomp: Decomposition, *, until: int, masks: Sequence[Tensor | None] | None = None
+    ) -> "KnownBands":
+        """The bands of signals ``(B, C, *size)`` up to the scale ``until``."""
+        count = decomp.band_index(until) + 1
+        return cls(decomp.analysis(x)[:count], masks)
+
+    @override
+    def __len__(self) -> int:
+        return next(len(band) for band in self.bands if band is not None)
+
+    @override
+    def rows(self, rows: slice | Tensor) -> "KnownBands":
+        bands, masks = ([None if t is None else t[rows] for t in part] for part in (self.bands, self.masks))
+        return KnownBands(bands, masks, self.noise.sigma)
+
+    @override
+    def guess(self, model: HVAE) -> Tensor:
+        bands, masks = self._read(model)
+        parts = zip(masks, bands, mean_bands(model), strict=True)
+        with full_precision(bands[0].device):
+            return model.decomp.synthesis([torch.where(mask, band, mean) for mask, band, mean in parts])
+
+    @override
+    def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
+        bands, masks = self._read(model)
+        variance = self.noise.sigma**2 + float(model.sigma.detach()) ** 2
+        known = tuple(i for i, band in enumerate(self.bands) if band is not None)
+        pairs = {i: [bands[i], masks[i].to(bands[i])] for i in known}
+        misfit = KnownMisfit(model.decomp.band_scales, known, variance)
+        return BoundTerm(misfit, [t for i in known for t in pairs[i]], lambda i, _: pairs.get(i, []))
+
+    def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The signals given the latents that decode to ``x`` and what is known: their mean, or a draw.
+
+        The likelihood leaves each coefficient a standard deviation of σ around ``x``, so the mean of a known
+        one is ``(σ_n² ĥ + σ² h) / (σ_n² + σ²)``: exact values are put back as they are.
+
+        Args:
+            model: The model.
+            x: Decoded signals ``(B, C, *size)``.
+            generator: Random numbers of a draw; ``None`` gives the mean.
+        """
+        bands, masks = self._read(model)
+        own, other = float(model.sigma.detach()) ** 2, self.noise.sigma**2
+        share = own / (own + other)
+        with full_precision(x.device):
+            found = []
+            for h, band, mask in zip(model.decomp.analysis(x.detach()), bands, masks, strict=True):
+                mean = torch.lerp(h, torch.where(mask, band, h), share)
+                if generator is not None:
+                    variance = torch.where(mask, mean.new_tensor(own * (1 - share)), own)
+                    mean = mean + variance.sqrt() * standard(mean, generator)
+                found.append(mean)
+            return model.decomp.synthesis(found).to(x.dtype)
+
+    def _read(self, model: HVAE) -> tuple[list[Tensor], list[Tensor]]:
+        """Every band and mask in the model's precision; zeros and ``False`` where nothing is known."""
+        decomp = model.decomp
+        if not decomp.orthonormal:
+            raise ValueError(
+                f"{type(decomp).__name__} is not orthonormal, so its bands are no measurements of a signal: "
+                "use Measurement"
+            )
+        read: list[tuple[Tensor, Tensor]] = []
+        masks = [*self.masks, *[None] * (len(decomp.band_shapes) - len(self.masks))]
+        for scale, band, mask in zip(decomp.band_scales, decomp.check_bands(self.bands), masks, strict=True):
+            if mask is None:
+                mask = torch.zeros_like(band, dtype=torch.bool)
+            elif band.device != model.start.device:
+                raise ValueError(f"the band at scale {scale} is on {band.device}, the model on {model.start.device}")
+            # Values that are not known may be anything, NaN too.
+            band = torch.where(mask, band, 0).to(precision(model))
+            check_finite(f"what is known of the band at scale {scale}", band)
+            read.append((band.detach(), mask))
+        return [band for band, _ in read], [mask for _, mask in read]
+
+
+@dataclass(frozen=True)
+class KnownMisfit(Misfit):
+    """Squared error of the known coefficients.
+
+    Attributes:
+        scales: The scales that emit bands.
+        known: Numbers of the bands of which something is known.
+        variance: Of each coefficient.
+    """
+
+    scales: tuple[int, ...]
+    known: tuple[int, ...]
+    variance: float
+
+    @override
+    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+        if not aim:
+            return band.new_zeros(len(band))
+        target, mask = aim
+        return (mask * (band - target)).square().flatten(1).sum(1) / (2 * self.variance)
+
+    @override
+    def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        return [(self.scales[i], self.local(i, bands[i], data[2 * n : 2 * n + 2])) for n, i in enumerate(self.known)]
+
+
+def masks_of(decomp: Decomposition, project: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The masks of the coefficients that a projection of signals keeps, ``(1, *band_shape)`` for each band.
+
+    Args:
+        decomp: The decomposition, as the model has it (``model.decomp``).
+        project: Maps signals ``(B, C, *size)`` to the part of them that is known, as a k-space mask does.
+
+    Raises:
+        ValueError: If it mixes coefficients, in which case its knowledge is no mask in these bands, as of a
+            pixel mask in Fourier bands; the message says by how much.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = decomp.band_shapes.values()
+    bands = [torch.randn(1, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    kept = decomp.analysis(project(decomp.synthesis(bands)))
+    masks = [(k / h) > 0.5 for k, h in zip(kept, bands, strict=True)]
+    pairs = list(zip(kept, bands, masks, strict=True))
+    wrong = sum(float((k - torch.where(m, h, 0)).square().sum()) for k, h, m in pairs)
+    defect = (wrong / sum(float(h.square().sum()) for h in bands)) ** 0.5
+    if not defect < 1e-4:
+        raise ValueError(
+            f"project keeps no set of coefficients of {type(decomp).__name__}: it mixes them, with a relative error "
+            f"of {defect:.2g}; use Measurement"
+        )
+    return masks
+
+
+def _mask(index: int, mask: Tensor | None, band: Tensor | None) -> Tensor | None:
+    """The mask of a band with a batch axis; ``None`` where nothing is known."""
+    if band is None:
+        if mask is not None:
+            raise ValueError(f"masks[{index}] is given for a band that is not")
+        return None
+    if mask is None:
+        return torch.ones_like(band, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"masks[{index}] must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    try:
+        return mask.expand_as(band)
+    except RuntimeError:
+        raise ValueError(
+            f"masks[{index}] must broadcast to its band's shape {tuple(band.shape)}, got {tuple(mask.shape)}"
+        ) from None

@@ -1,0 +1,295 @@
+r"""Measurements y ≈ A(x) of signals, with A any linear or differentiable operator.
+
+    d(h) = −log p(y | A(Σ_s B_s h_s))                                    nats
+
+under Gaussian, Laplace or Poisson noise. A decoder leaves each signal a standard deviation of σ, so the
+variance of y around A(Σ B h) is σ_n² + σ² A A*, where A A* counts by its eigenvalue (one number; exact
+for masks, averages over blocks and whatever else has A A* = g I on its range). A subset sees
+
+    d_s(h_s) = −log p(y | A(B_s h_s + Σ_{s'≠s} B_s' h_s'))
+
+with the other bands as they are. While finer ones are not known yet, their mean stands for them, and the
+variance that they would add to y for that of what is not predicted: the subset listens to y where the
+finer bands do not speak.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
+from separable_hvae.decomposition import Decomposition, full_precision
+from separable_hvae.hvae import HVAE, Observation
+from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise, PoissonNoise
+from separable_hvae.operators import Map, Operator, condition, real
+from separable_hvae.prior import covariance, draw, mean_bands, precision, standard
+
+_DRAWS = 32
+
+
+@runtime_checkable
+class Physics(Protocol):
+    """What is used of a deepinv physics object; ``noise_model`` is read too where there is one."""
+
+    def A(self, x: Tensor) -> Tensor:  # noqa: N802
+        """Measure signals."""
+
+    def A_adjoint(self, y: Tensor) -> Tensor:  # noqa: N802
+        """Apply the adjoint."""
+
+
+class Measurement(DataTerm):
+    """Measurements of signals.
+
+    Unless ``start`` says otherwise, the encoder sees the best linear estimate under what the model was
+    calibrated with, the mean and deviation of each band: the pseudo-inverse where these say nothing.
+
+    Args:
+        y: Measurements, batch first, real or complex.
+        operator: A callable ``(x, *given) -> y`` on signals ``(B, C, *size)``, or an object with ``A`` and
+            ``A_adjoint`` such as a deepinv physics.
+        noise: A :class:`Noise`, or the standard deviation of Gaussian noise (of real and imaginary part
+            alike; 0 for none). ``None`` reads the ``noise_model`` of a deepinv physics.
+        adjoint: A callable ``(y, *given) -> x``; ``None`` takes the physics' own, or autograd's.
+        given: Tensors, batch first, that the operator takes besides signals: masks, coil sensitivities.
+        linear: Whether the operator is linear up to an offset.
+        stacked: Whether the operator takes real and imaginary part as channels ``(B, 2C, *size)``, as
+            deepinv's MRI does.
+        start: Signals ``(B, C, *size)`` for the encoder to see; needed where the operator is not linear.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or there is no noise level.
+        ValueError: If sizes do not fit, or the noise cannot give such measurements.
+    """
+
+    def __init__(
+        self,
+        y: Tensor,
+        operator: Map | Physics,
+        noise: Noise | float | None = None,
+        *,
+        adjoint: Map | None = None,
+        given: Sequence[Tensor] = (),
+        linear: bool = True,
+        stacked: bool = False,
+        start: Tensor | None = None,
+    ) -> None:
+        if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
+            raise TypeError(f"y must be a real or complex tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+        if y.ndim < 2 or not len(y):
+            raise ValueError(f"y must hold at least one sample, batch first, got shape {tuple(y.shape)}")
+        if isinstance(operator, Physics):
+            noise = noise_of(operator) if noise is None else noise
+            adjoint, operator = adjoint or operator.A_adjoint, operator.A
+        elif not callable(operator):
+            raise TypeError(f"operator must be a callable or have A and A_adjoint, got {type(operator).__name__}")
+        if noise is None:
+            raise TypeError("noise must be a Noise or a standard deviation, 0 where y has none, got None")
+        for i, tensor in enumerate(given):
+            if not isinstance(tensor, Tensor) or tensor.ndim < 1 or len(tensor) != len(y):
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"given[{i}] must be a tensor of {len(y)} samples, batch first, got {got}")
+        if start is None and not linear:
+            raise ValueError("start must be given where the operator is not linear: the encoder has to see signals")
+        self.noise = noise if isinstance(noise, Noise) else GaussianNoise(noise)
+        self.noise.check(y)
+        if not linear and self.noise in (GaussianNoise(0.0), LaplaceNoise(0.0)):
+            raise ValueError("noise must have a positive standard deviation where the operator is not linear, got 0")
+        self.y, self.given, self.linear, self.start = y.detach(), tuple(given), linear, start
+        self.operator = Operator(operator, adjoint, stacked)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @override
+    def rows(self, rows: slice | Tensor) -> "Measurement":
+        return Measurement(
+            self.y[rows],
+            self.operator.forward,
+            self.noise,
+            adjoint=self.operator.adjoint,
+            given=[t[rows] for t in self.given],
+            linear=self.linear,
+            stacked=self.operator.stacked,
+            start=None if self.start is None else self.start[rows],
+        )
+
+    @override
+    def guess(self, model: HVAE) -> Tensor:
+        y, given = self._read(model)
+        mean = self._mean(model)
+        self.operator.predict(mean, y, given)
+        if self.linear:
+            self.operator.require_laws(mean, y, given)
+        if self.start is not None:
+            x = model.decomp.check_signal(self.start, "start")
+            if len(x) != len(y) or x.device != y.device:
+                raise ValueError(
+                    f"start must hold {len(y)} signals on {y.device}, as y does, got {len(x)} on {x.device}"
+                )
+            return x.detach().to(mean.dtype)
+        return condition(mean, partial(covariance, model), self.operator, y, given, self._variance(y))
+
+    @override
+    def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
+        y, given = self._read(model)
+        with torch.no_grad():
+            means = [mean.expand(len(y), *mean.shape[1:]) for mean in mean_bands(model)]
+            own = self._left(model, seen.x, y, given)
+            found: dict[tuple[int, ...], Tensor] = {}
+
+        def aim(index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
+            unknown = tuple(i for i, band in enumerate(bands) if band is None and i > index)
+            full = [mean if band is None else band.detach() for mean, band in zip(means, bands, strict=True)]
+            full[index] = torch.zeros_like(full[index])
+            with torch.no_grad(), full_precision(y.device):
+                if unknown and unknown not in found:
+                    found[unknown] = self._spread(model, unknown, seen.x, y, given)
+                return [model.decomp.synthesis(full), y, own + found[unknown] if unknown else own, *given]
+
+        misfit = MeasurementMisfit(model.decomp, self.operator, self.noise)
+        return BoundTerm(misfit, [y, own, *given], aim)
+
+    def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The signals given the latents that decode to ``x`` and the measurements: their mean, or a draw.
+
+        The likelihood is a Gaussian of deviation σ around ``x``; measurements without noise are met as far as
+        the solver goes.
+
+        Args:
+            model: The model.
+            x: Decoded signals ``(B, C, *size)``.
+            generator: Random numbers of a draw; ``None`` gives the mean.
+
+        Raises:
+            ValueError: If the operator is not linear.
+        """
+        if not self.linear:
+            raise ValueError("correct needs an operator that is linear")
+        y, given = self._read(model)
+        own, variance, dtype = float(model.sigma.detach()) ** 2, self._variance(y), x.dtype
+        x = x.detach().to(self._mean(model).dtype)
+        if generator is not None:
+            # Perturb both sides, then condition: the result is a draw of the conditional Gaussian.
+            x = x + own**0.5 * standard(x, generator)
+            y = y + variance.sqrt() * standard(y, generator)
+        with torch.no_grad():
+            return condition(x, lambda r: own * r, self.operator, y, given, variance).to(dtype)
+
+    def _read(self, model: HVAE) -> tuple[Tensor, list[Tensor]]:
+        """Measurements and what the operator takes besides signals, in the model's precision."""
+        wanted = precision(model)
+
+        def cast(t: Tensor) -> Tensor:
+            if not (t.is_floating_point() or t.is_complex()):
+                return t
+            return t.to(wanted.to_complex() if t.is_complex() else wanted)
+
+        for name, tensor in {"y": self.y, **{f"given[{i}]": t for i, t in enumerate(self.given)}}.items():
+            if tensor.device != model.start.device:
+                raise ValueError(f"{name} is on {tensor.device}, the model on {model.start.device}")
+        y = self.y.clone() if self.y.is_inference() else self.y
+        return cast(y), [cast(t) for t in self.given]
+
+    def _mean(self, model: HVAE) -> Tensor:
+        """The mean signal of the training data, for each sample."""
+        mean = model.decomp.synthesis(mean_bands(model))
+        return mean.expand(len(self), *mean.shape[1:]).contiguous()
+
+    def _variance(self, y: Tensor) -> Tensor:
+        """Variance of the noise, broadcastable to ``y``."""
+        return self.noise.variance(y.real if y.is_complex() else y)
+
+    def _left(self, model: HVAE, like: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
+        """Variance that the decoder's own σ adds to real measurements, ``(B, 1, …)``."""
+        if not self.linear:
+            return real(y).new_zeros(())
+        gain = self.operator.gain(like, y, given)
+        return float(model.sigma.detach()) ** 2 * (gain[..., None] if y.is_complex() else gain)
+
+    def _spread(self, model: HVAE, unknown: Sequence[int], like: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
+        """Variance that unknown bands add to real measurements, from a few draws of them."""
+        generator = torch.Generator().manual_seed(0)
+        mean = model.decomp.synthesis(mean_bands(model)).expand_as(like)
+        middle = self.operator.predict(mean, y, given)
+        total = torch.zeros_like(real(y))
+        for _ in range(_DRAWS):
+            drawn = model.decomp.synthesis(draw(model, unknown, generator)).expand_as(like)
+            total += real(self.operator.predict(mean + drawn, y, given) - middle).square()
+        return total / _DRAWS
+
+
+@dataclass(frozen=True)
+class MeasurementMisfit(Misfit):
+    """Negative log-likelihood of measurements.
+
+    Attributes:
+        decomp: The decomposition.
+        operator: What measures a signal.
+        noise: How measurements scatter.
+    """
+
+    decomp: Decomposition
+    operator: Operator
+    noise: Noise
+
+    @override
+    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+        others, y, spread, *given = aim
+        alone: list[Tensor | None] = [None] * len(self.decomp.band_shapes)
+        alone[index] = band
+        return self._compare(self._synthesis(alone, band.device) + others, y, spread, given)
+
+    @override
+    def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        y, spread, *given = data
+        x = self._synthesis(bands, bands[0].device)
+        return [(self.decomp.scales[-1], self._compare(x, y, spread, given))]
+
+    def _synthesis(self, bands: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        with full_precision(device):
+            return self.decomp.synthesis(bands)
+
+    def _compare(self, x: Tensor, y: Tensor, spread: Tensor, given: Sequence[Tensor]) -> Tensor:
+        with full_precision(x.device):
+            return self.noise.misfit(real(self.operator.predict(x, y, given)), real(y), spread)
+
+
+def noise_of(physics: Physics) -> Noise | None:
+    """The noise of a deepinv physics, ``None`` where it has none.
+
+    Raises:
+        ValueError: If its noise model is none of Gaussian, Laplace, Poisson and none, or differs by sample.
+    """
+    model = getattr(physics, "noise_model", None)
+    if model is None:
+        return None
+    kind = type(model).__name__
+    if kind == "ZeroNoise":
+        return GaussianNoise(0.0)
+    if kind == "GaussianNoise":
+        return GaussianNoise(_number("sigma", model.sigma))
+    if kind == "LaplaceNoise":
+        return LaplaceNoise(math.sqrt(2) * _number("b", model.b))
+    if kind == "PoissonNoise" and bool(model.normalize):
+        return PoissonNoise(_number("gain", model.gain))
+    raise ValueError(
+        f"physics has a noise model {kind} that cannot be read; those that can are GaussianNoise, LaplaceNoise, "
+        "PoissonNoise with normalize=True and ZeroNoise: pass noise="
+    )
+
+
+def _number(name: str, value: Any) -> float:
+    numbers = torch.as_tensor(value).flatten()
+    if numbers.numel() != 1:
+        raise ValueError(
+            f"the physics' noise must have one {name} for all samples, got {numbers.tolist()}: pass noise="
+        )
+    return float(numbers)

@@ -1,0 +1,45 @@
+r"""Draws of signals given what is known, by refining several draws of the encoder at once.
+
+    z ~ q(z | guess), refined;      x ~ p(x | z, known)
+
+The refiner moves each draw towards a maximum, so draws lie closer together than those of the exact
+posterior would; what they measure is how far apart the maxima are that the data leave open, and, by the
+last step, the likelihood's own σ where nothing was measured.
+"""
+
+import torch
+from torch import Tensor
+
+from separable_hvae.hvae import HVAE
+from separable_hvae.known import KnownBands
+from separable_hvae.measurement import Measurement
+from separable_hvae.refine import Refiner
+
+
+def posterior_draws(
+    model: HVAE,
+    known: KnownBands | Measurement,
+    refiner: Refiner,
+    n: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw signals given what is known: ``(n, B, C, *size)``.
+
+    Args:
+        model: The model.
+        known: What is known of B signals.
+        refiner: A refiner that starts from a draw (``sample=True``).
+        n: Draws of each signal, all in one batch.
+        generator: Random numbers.
+
+    Raises:
+        ValueError: If the refiner starts from a mean, so that all draws would be the same, or n is below 2.
+    """
+    if not refiner.sample:
+        raise ValueError("refiner must start from draws: pass one with sample=True")
+    if n < 2:
+        raise ValueError(f"n must be at least 2, got {n}")
+    many = known.rows(torch.arange(len(known)).repeat(n))
+    decoded = refiner(model, many, generator).reconstruction
+    drawn = many.correct(model, decoded, generator or torch.Generator(decoded.device))
+    return drawn.unflatten(0, (n, len(known)))
