@@ -1,10 +1,10 @@
-"""Pictures of results: what each scale adds, and how reconstructions compare.
+"""Pictures of results: what each scale adds, how reconstructions compare, how refinement went.
 
 Needs matplotlib (extra ``examples``). Every function returns a figure and leaves global state alone.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from separable_hvae.decomposition import Decomposition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from separable_hvae.refine import History
 
 
 def progressive(decomp: Decomposition, bands: Sequence[Tensor], originals: Tensor) -> "Figure":
@@ -52,16 +54,53 @@ def comparison(originals: Tensor, reconstructions: Mapping[str, Tensor]) -> "Fig
     return _gallery([*columns, *((f"{name},\n{zoom}", e, 0.0, top) for name, e in errors.items())])
 
 
-def _gallery(columns: Sequence[tuple[str, Tensor, float, float]]) -> "Figure":
-    """Columns of a title, signals ``(B, C, H, W)``, and the values that are black and white."""
+def convergence(histories: Mapping[str, "History"]) -> "Figure":
+    """Objective, data term and NLL of refinements against time.
+
+    A schedule that solves one problem after the other starts a new line with each, since each has an
+    objective of its own.
+
+    Args:
+        histories: ``result.history`` of refined results, by name.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    columns = {"objective": "objective, nats", "data": "data term, nats", "nll": "−log p(z), nats"}
+    figure = _figure(figsize=(11, 3.2))
+    for axes, (column, label) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
+        for number, (name, history) in enumerate(histories.items()):
+            for problem in dict.fromkeys(history.problem):
+                rows = [i for i, p in enumerate(history.problem) if p == problem]
+                values = getattr(history, column)
+                axes.plot(
+                    [history.seconds[i] for i in rows],
+                    [values[i] for i in rows],
+                    ".-",
+                    color=f"C{number}",
+                    label=name if rows[0] == 0 else None,
+                )
+        axes.set(xlabel="seconds", ylabel=label)
+        axes.grid(alpha=0.3)
+        if column == "objective" and histories:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _figure(**options: Any) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need the extra "examples": pip install "separable-hvae[examples]"') from error
+    return Figure(layout="constrained", **options)
+
+
+def _gallery(columns: Sequence[tuple[str, Tensor, float, float]]) -> "Figure":
+    """Columns of a title, signals ``(B, C, H, W)``, and the values that are black and white."""
     if any(signals.ndim != 4 for _, signals, _, _ in columns):
         raise ValueError(f"pictures need signals (B, C, H, W), got shape {tuple(columns[0][1].shape)}")
     rows = len(columns[0][1])
-    figure = Figure(figsize=(1.35 * len(columns), 1.35 * rows + 0.3), layout="constrained")
+    figure = _figure(figsize=(1.35 * len(columns), 1.35 * rows + 0.3))
     grid = figure.subplots(rows, len(columns), squeeze=False)
     for j, (title, signals, low, high) in enumerate(columns):
         grid[0][j].set_title(title, fontsize=8)

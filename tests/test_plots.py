@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from separable_hvae import FFT1Real, FFT2Complex, Wavelet2
-from separable_hvae.plots import comparison, progressive
+from separable_hvae.plots import comparison, convergence, progressive
+from separable_hvae.refine import History
 
 
 def pixels(figure: object) -> list[list["np.typing.NDArray[np.float64]"]]:
@@ -41,3 +42,20 @@ def test_pictures_need_two_axes() -> None:
     decomp, x = FFT1Real(8), torch.randn(1, 1, 8)
     with pytest.raises(ValueError, match=r"\(B, C, H, W\), got shape \(1, 1, 8\)"):
         progressive(decomp, decomp.analysis(x), x)
+
+
+def test_convergence_draws_each_problem_of_a_history() -> None:
+    histories = {
+        "scale": History([0, 0, 1], [0, 1, 0], [1, 1, 4], [3.0, 2.0, 5.0], [1.0, 0.5, 4.0], [2.0, 1.5, 1.0], [1.0] * 3),
+        "joint": History([0, 0], [0, 1], [4, 4], [9.0, 8.0], [5.0, 4.0], [4.0, 4.0], [1.0] * 2, [0.1, 0.2]),
+    }
+    histories["scale"].seconds = [0.1, 0.2, 0.3]
+    figure = convergence(histories)
+    for axes, column in zip(figure.axes, ("objective", "data", "nll"), strict=True):
+        lines = [tuple(np.asarray(line.get_xydata()).T.tolist()) for line in axes.get_lines()]
+        scale = getattr(histories["scale"], column)
+        joint = getattr(histories["joint"], column)
+        assert lines == [([0.1, 0.2], scale[:2]), ([0.3], scale[2:]), ([0.1, 0.2], joint)]
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["scale", "joint"]

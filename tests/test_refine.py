@@ -525,7 +525,7 @@ def test_a_drawn_start_moves_along_with_its_distribution(schedule: str, init: An
 # What surrounds it.
 
 
-@pytest.mark.parametrize("rule", ["gd", "adam"])
+@pytest.mark.parametrize("rule", ["gd", "adam", "gauss-newton"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_samples_are_independent(schedule: str, rule: str) -> None:
     model = few()

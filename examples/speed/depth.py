@@ -1,10 +1,13 @@
-"""Time of one gradient step on every latent against depth (the paper's Fig. 2).
+"""Time and memory of one gradient step on every latent, against depth (the paper's Fig. 2).
 
-    python examples/speed/depth.py --out runs/depth
+    python examples/speed/depth.py --out runs/depth                     # depth by layers of each of 6 scales
+    python examples/speed/depth.py --by scales --out runs/depth-scales  # depth by number of scales, 5 layers each
 
-Measures, in one process and in turns: eq. 4 latent by latent (the vanilla model), a joint gradient
-through the whole decoder, Algorithm 1, and scale by scale. One step's time is (t(3 steps) − t(1 step)) / 2,
-so what a refinement does once is not counted. Writes depth.json and depth.png.
+Measures in one process and in turns, on untrained models of 32×32 RGB signals: eq. 4 latent by latent
+(the vanilla model), a joint gradient through the whole decoder, and every schedule of the separable
+model. One step's time is (t(3 steps) − t(1 step)) / 2, so what a refinement does once is not counted.
+Memory is what autograd keeps for the backward pass of the largest problem, weights aside, on any device.
+Writes depth.json and depth.png.
 """
 
 import argparse
@@ -16,20 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from separable_hvae import HVAE, Decomposition, FFT2Real, Identity, MAPRefiner
+from separable_hvae.refine import Eager
 
-METHODS: dict[str, tuple[type[Decomposition], str]] = {
-    "eq. 4, latent by latent (vanilla)": (Identity, "latent"),
-    "joint gradient (vanilla)": (Identity, "joint"),
-    "joint gradient (separable)": (FFT2Real, "joint"),
-    "Algorithm 1 (separable)": (FFT2Real, "latent"),
-    "scale by scale (separable)": (FFT2Real, "scale"),
+SIDE = 32
+METHODS: dict[str, tuple[type[Decomposition], dict[str, Any]]] = {
+    "eq. 4, latent by latent (vanilla)": (Identity, {"schedule": "latent"}),
+    "joint (vanilla)": (Identity, {"schedule": "joint"}),
+    "Algorithm 1": (FFT2Real, {"schedule": "latent"}),
+    "scale": (FFT2Real, {"schedule": "scale"}),
+    "parallel": (FFT2Real, {"schedule": "parallel"}),
+    "joint": (FFT2Real, {"schedule": "joint"}),
+    "joint, Gauss–Newton": (FFT2Real, {"schedule": "joint", "rule": "gauss-newton"}),
 }
+SCALES = [32, 16, 8, 4, 2, 1, 24, 12, 6, 3]  # Taken in this order where depth is the number of scales.
 
 
-def seconds(refiner: MAPRefiner, model: HVAE, x: torch.Tensor) -> float:
+def seconds(refiner: MAPRefiner, model: HVAE, x: Tensor) -> float:
     """Wall time of one refinement, the device's work included."""
     if x.is_cuda:
         torch.cuda.synchronize()
@@ -40,9 +50,9 @@ def seconds(refiner: MAPRefiner, model: HVAE, x: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def step_time(model: HVAE, schedule: str, x: torch.Tensor, budget: float) -> dict[str, Any]:
+def step_time(model: HVAE, options: dict[str, Any], x: Tensor, budget: float) -> dict[str, Any]:
     """Median and range of one step's time, from as many repetitions as the budget allows, at most 7."""
-    one, three = (MAPRefiner(steps=n, schedule=schedule) for n in (1, 3))
+    one, three = (MAPRefiner(steps=n, **options) for n in (1, 3))
     seconds(one, model, x)
     times: list[float] = []
     begin = time.perf_counter()
@@ -52,56 +62,106 @@ def step_time(model: HVAE, schedule: str, x: torch.Tensor, budget: float) -> dic
     return {"median": statistics.median(times), "low": min(times), "high": max(times), "repetitions": len(times)}
 
 
-def draw(results: list[dict[str, Any]], device: str) -> Figure:
-    """Time against depth, both on logarithmic axes."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+def kept_bytes(model: HVAE, options: dict[str, Any], x: Tensor) -> int:
+    """Most bytes that the backward pass of one step needs, weights aside."""
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    most = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def done(_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(kept.values()))
+        kept.clear()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        MAPRefiner(steps=1, **options, execution=Eager(threads=1))(model, x, callback=done)
+    return most
+
+
+def draw(results: list[dict[str, Any]], title: str) -> Figure:
+    """Time and memory against depth, with the laws that they should follow."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name in METHODS:
         runs = [r for r in results if r["method"] == name]
         depth = [r["depth"] for r in runs]
-        axes.loglog(depth, [1e3 * r["median"] for r in runs], marker="o", label=name)
-        axes.fill_between(depth, [1e3 * r["low"] for r in runs], [1e3 * r["high"] for r in runs], alpha=0.2)
-    axes.set(xlabel="stochastic layers L", ylabel="one step on every latent, ms", title=device)
+        left.loglog(depth, [1e3 * r["median"] for r in runs], marker="o", label=name)
+        left.fill_between(depth, [1e3 * r["low"] for r in runs], [1e3 * r["high"] for r in runs], alpha=0.2)
+        right.loglog(depth, [r["bytes"] / 2**20 for r in runs], marker="o", label=name)
     depths = sorted({r["depth"] for r in results})
-    axes.set_xticks(depths, [str(d) for d in depths])
-    axes.minorticks_off()
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3, which="both")
+    for axes in (left, right):
+        axes.set_xticks(depths, [str(d) for d in depths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3, which="both")
+        axes.set_xlabel("stochastic layers L")
+    law(left, results, "eq. 4, latent by latent (vanilla)", "median", 1e3, 2, "∝ L²")
+    law(left, results, "scale", "median", 1e3, 1, "∝ L")
+    law(right, results, "joint", "bytes", 2**-20, 1, "∝ L")
+    left.set(ylabel="one step on every latent, ms", title=title)
+    right.set(ylabel="kept for the backward pass, MiB", title="one sample" if "batch 1" in title else "one batch")
+    left.legend(fontsize=7)
     return figure
+
+
+def law(axes: Axes, results: list[dict[str, Any]], name: str, column: str, unit: float, power: int, label: str) -> None:
+    """A dotted line through a method's last point, with the slope that theory gives it."""
+    runs = [r for r in results if r["method"] == name]
+    if len(runs) > 1:
+        depth = [runs[0]["depth"], runs[-1]["depth"]]
+        end = unit * runs[-1][column]
+        axes.loglog(depth, [end * (d / depth[1]) ** power for d in depth], ":", color="0.4", linewidth=1)
+        axes.annotate(label, (depth[0], end * (depth[0] / depth[1]) ** power), fontsize=7, color="0.4")
 
 
 def main() -> None:
     """Measure and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[1, 2, 4, 8, 12, 16, 27], help="layers of each of 6 scales"
-    )
+    parser.add_argument("--by", choices=["layers", "scales"], default="layers", help="what makes models deeper")
+    parser.add_argument("--depths", type=int, nargs="+", help="layers of each of 6 scales, or numbers of scales")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=20, help="seconds for each point, one repetition at least")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=10, help="seconds for each point, one repetition at least")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--execution", default="eager", help="eager, compiled or cuda-graphs")
     parser.add_argument("--out", type=Path, default=Path("runs/depth"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="scale .* latents for the")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    x = torch.randn(args.batch, 3, 32, 32, device=args.device)
+    x = torch.randn(args.batch, 3, SIDE, SIDE, device=args.device)
     device = torch.cuda.get_device_name() if x.is_cuda else f"CPU, {args.threads} thread(s)"
+    settings = {**{k: v for k, v in vars(args).items() if k != "out"}, "device": device, "torch": torch.__version__}
+    title = f"{device}, batch {args.batch}, width {args.width}"
     results: list[dict[str, Any]] = []
-    for layers in args.layers:
+    for number in args.depths or ([1, 2, 4, 8, 12, 27] if args.by == "layers" else [1, 2, 4, 6, 8, 10]):
+        by_layers = args.by == "layers"
+        scales = sorted(SCALES[: 6 if by_layers else number])
         models = {
-            kind: HVAE(kind(32), layers=layers, width=args.width, bottleneck=args.width // 2).to(args.device)
+            kind: HVAE(
+                kind(SIDE), scales, layers=number if by_layers else 5, width=args.width, bottleneck=args.width // 2
+            )
             for kind in (Identity, FFT2Real)
         }
-        for name, (kind, schedule) in METHODS.items():
-            measured = step_time(models[kind], schedule, x, args.budget)
-            results.append({"method": name, "depth": models[kind].depth, **measured})
-            print(f"L = {models[kind].depth:4d}  {name:36} {1e3 * measured['median']:10.1f} ms", flush=True)
-        settings = {"device": device, "batch": args.batch, "width": args.width, "torch": torch.__version__}
+        for name in args.methods:
+            kind, options = METHODS[name]
+            model = models[kind].to(args.device)
+            timed = step_time(model, {**options, "execution": args.execution}, x, args.budget)
+            kept = kept_bytes(model, options, x)
+            results.append({"method": name, "depth": model.depth, "scales": len(scales), **timed, "bytes": kept})
+            print(
+                f"L = {model.depth:4d}  {name:36} {1e3 * timed['median']:10.1f} ms {kept / 2**20:9.2f} MiB", flush=True
+            )
         (args.out / "depth.json").write_text(json.dumps({**settings, "results": results}, indent=1))
-    draw(results, f"{device}, batch {args.batch}").savefig(args.out / "depth.png", dpi=160)
+    draw(results, title).savefig(args.out / "depth.png", dpi=160)
 
 
 if __name__ == "__main__":
