@@ -42,4 +42,4 @@ def posterior_draws(
     many = known.rows(torch.arange(len(known)).repeat(n))
     decoded = refiner(model, many, generator).reconstruction
     drawn = many.correct(model, decoded, generator or torch.Generator(decoded.device))
-    return drawn.unflatten(0, (n, len(known)))
+    return drawn.reshape(n, len(known), *drawn.shape[1:])
