@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,6 +60,11 @@ def write(path: Path, text: str = MICRO) -> Path:
     return path
 
 
+@cache
+def read(path: Path, tiny: bool) -> Any:
+    return setups.read(path, tiny=tiny)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -69,7 +75,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_configurations(path: Path, tiny: bool) -> None:
-    setup = setups.read(path, tiny=tiny)
+    setup = read(path, tiny)
     size, model = setup.data["size"], setup.model
     assert setup.dataset == path.parent.name
     assert model["scales"] == [2**i for i in range(int(math.log2(size)) + 1)]
@@ -82,7 +88,7 @@ def test_configurations(path: Path, tiny: bool) -> None:
     assert model["decomposition"] == {**bands, "vanilla": "Identity", "best": "Wavelet2"}[path.stem]
     assert model["band_input"] == (path.stem == "best")
     # The three setups of a set differ in the model's bands alone.
-    paper_setup = setups.read(path.with_name("paper.toml"), tiny=tiny)
+    paper_setup = read(path.with_name("paper.toml"), tiny)
     changed = {k for k in model if model[k] != paper_setup.model.get(k)}
     assert changed <= {"decomposition", "wavelet", "head", "band_input"}
     assert (setup.data, setup.training) == (paper_setup.data, paper_setup.training)
