@@ -7,7 +7,7 @@ from typing import Any
 from latex2mathml.converter import convert
 
 _FORMULA = re.compile(r'(?s)<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>')
-_ROLE = re.compile(r":(?:class|meth|func|data):(<code>)")
+_ROLE = re.compile(r":(?:class|meth|func|data|attr|mod):(<code>)")
 
 
 def on_page_content(content: str, **_: Any) -> str:
