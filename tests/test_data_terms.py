@@ -219,7 +219,8 @@ def test_a_k_space_mask_is_a_mask_of_fourier_bands_alone() -> None:
     columns = torch.tensor([1.0, 1, 0, 0, 1, 0, 1, 0], dtype=torch.float64)
 
     def project(x: Tensor) -> Tensor:
-        return torch.fft.ifft2(torch.fft.fft2(x) * columns)
+        kept: Tensor = torch.fft.ifft2(torch.fft.fft2(x) * columns)
+        return kept
 
     decomp = FFT2Complex(8)
     masks = masks_of(decomp, project)
@@ -356,7 +357,8 @@ def test_correction_is_the_mean_given_latents_and_draws_scatter_as_they_should()
 
 
 def coils(x: Tensor, mask: Tensor, maps: Tensor) -> Tensor:
-    return torch.fft.fft2(x * maps, norm="ortho") * mask
+    y: Tensor = torch.fft.fft2(x * maps, norm="ortho") * mask
+    return y
 
 
 def test_several_coils_and_masks_that_differ_by_sample() -> None:
@@ -412,7 +414,8 @@ class Halves:
         self.noise_model = noise_model
 
     def A(self, x: Tensor) -> Tensor:  # noqa: N802
-        return x.unflatten(2, (-1, 2)).mean(3)
+        y: Tensor = x.unflatten(2, (-1, 2)).mean(3)
+        return y
 
     def A_adjoint(self, y: Tensor) -> Tensor:  # noqa: N802
         return y.repeat_interleave(2, 2) / 2

@@ -1,0 +1,241 @@
+"""Refinement with what is known of a signal, against closed forms; the example's problems and baselines."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from skimage.restoration import denoise_tv_chambolle
+from torch import Tensor
+
+from separable_hvae import (
+    HVAE,
+    FFT1Real,
+    FFT2Complex,
+    Identity,
+    KnownBands,
+    LaplaceNoise,
+    MAPRefiner,
+    Measurement,
+    PoissonNoise,
+    Wavelet1,
+    Wavelet2,
+    posterior_draws,
+)
+from separable_hvae.data_terms import DataTerm
+from separable_hvae.decomposition import Decomposition, pack
+from separable_hvae.refine import Scale
+from tests.linear_gaussian import Affine, Array, ClosedForm, flat, linear_gaussian, stacked
+from tests.scripts import script
+from tests.zoo import Make, Pyramid, inner, signal
+
+DECOMPOSITIONS: dict[str, Make] = {
+    "fourier": lambda: FFT1Real(6),
+    "haar": lambda: Wavelet1(4, "haar", 1),
+    "identity": lambda: Identity((4,), 1),
+    "pyramid": lambda: Pyramid((4,), 1),
+}
+
+
+def optimum(model: HVAE, a: Array, y: Array, variance: float) -> Array:
+    """The MAP latents given ``y = A x + noise`` of this variance, for each row of y."""
+    algebra = ClosedForm(model)
+    parts = [Affine(b @ h.matrix, b @ h.offset) for b, h in zip(algebra.synthesis, algebra.bands, strict=True)]
+    x = Affine(np.sum([p.matrix for p in parts], 0), np.sum([p.offset for p in parts], 0))
+    measured = Affine(a @ x.matrix, a @ x.offset)
+    found = []
+    for row in y:
+        rows = stacked([*algebra.priors, measured.minus(row).scaled(variance**-0.5)])
+        found.append(algebra.solve(rows, np.zeros(algebra.numel), range(len(algebra.layers))))
+    return np.stack(found)
+
+
+def orthonormal_rows(rows: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    q: Tensor = torch.linalg.qr(torch.randn(columns, rows, generator=generator, dtype=torch.float64))[0]
+    return q.T
+
+
+def sweeps(steps: int) -> MAPRefiner:
+    return MAPRefiner(steps, 0.05, schedule=Scale(sweeps=4))
+
+
+@pytest.mark.parametrize("make", DECOMPOSITIONS.values(), ids=DECOMPOSITIONS)
+def test_measurements_lead_to_the_closed_form(make: Make) -> None:
+    model = linear_gaussian(make())
+    a = orthonormal_rows(3, model.decomp.numel)
+    y = 2 * signal(model.decomp).flatten(1) @ a.T
+    term = Measurement(y, lambda x: x.flatten(1) @ a.T, 0.2)
+    result = MAPRefiner(80, schedule="joint", rule="gauss-newton")(model, term)
+    assert result.refused is not None
+    assert not result.refused.any()
+    wanted = optimum(model, a.numpy(), y.numpy(), 0.2**2 + float(model.sigma) ** 2)
+    np.testing.assert_allclose(flat(result.latents), wanted, atol=1e-4)
+
+
+def test_known_bands_lead_to_the_closed_form() -> None:
+    model = linear_gaussian(FFT1Real(6))
+    x = 2 * signal(model.decomp)
+    result = MAPRefiner(80, schedule="joint", rule="gauss-newton")(model, KnownBands.of(x, model.decomp, until=2))
+    a = np.concatenate(ClosedForm(model).analysis[:2])
+    wanted = optimum(model, a, x.flatten(1).numpy() @ a.T, float(model.sigma) ** 2)
+    np.testing.assert_allclose(flat(result.latents), wanted, atol=1e-4)
+
+
+def test_sweeps_over_subsets_lower_the_objective_of_measurements() -> None:
+    model = linear_gaussian(FFT1Real(6))
+    a = orthonormal_rows(4, 6)
+    term = Measurement(2 * signal(model.decomp).flatten(1) @ a.T, lambda x: x.flatten(1) @ a.T, 0.2)
+    start, end = (refiner(model, term) for refiner in (MAPRefiner(0), sweeps(100)))
+    best = MAPRefiner(80, schedule="joint", rule="gauss-newton")(model, term)
+    objectives = [r.objective for r in (best, end, start)]
+    assert all(o is not None for o in objectives)
+    low, middle, high = (float(o.mean()) for o in objectives if o is not None)
+    assert low - 1e-6 <= middle < low + 0.25 * (high - low)
+
+
+def small(decomp: Decomposition) -> HVAE:
+    torch.manual_seed(0)
+    model = HVAE(decomp, layers=1, width=6, bottleneck=4, blocks=0, latent_channels=4, sigma=0.2)
+    model.calibrate(signal(decomp, 20, torch.float32, seed=5))
+    return model
+
+
+def fourier(x: Tensor, mask: Tensor) -> Tensor:
+    y: Tensor = torch.fft.fft2(x, norm="ortho") * mask
+    return y
+
+
+def terms() -> dict[str, tuple[HVAE, DataTerm]]:
+    real, complex_ = small(Wavelet2(4, "haar", 1)), small(FFT2Complex(4))
+    x, c = (signal(m.decomp, 3, torch.float32) for m in (real, complex_))
+    mask = (torch.rand(3, 1, 1, 4, generator=torch.Generator().manual_seed(0)) < 0.6).float()
+    bright = x.square()
+    return {
+        "known bands": (real, KnownBands.of(x, real.decomp, until=2)),
+        "gaussian": (real, Measurement(x[..., :2], lambda x: x[..., :2], 0.1)),
+        "laplace": (real, Measurement(x, lambda x: x, LaplaceNoise(0.1))),
+        "poisson": (real, Measurement(bright, lambda x: x + 2, PoissonNoise(0.1))),
+        "k-space": (complex_, Measurement(fourier(c, mask), fourier, 0.1, given=(mask,))),
+        "square": (real, Measurement(bright, torch.square, 0.3, linear=False, start=x)),
+    }
+
+
+@pytest.mark.parametrize("name", terms())
+@pytest.mark.parametrize(
+    "refiner",
+    [MAPRefiner(3, schedule="joint"), MAPRefiner(4, schedule=Scale(sweeps=2)), MAPRefiner(3, init="prior")],
+    ids=["joint", "sweeps", "prior"],
+)
+def test_refinement_is_never_worse_and_ignores_neighbours(name: str, refiner: MAPRefiner) -> None:
+    model, term = terms()[name]
+    with torch.inference_mode():
+        start, found = MAPRefiner(0, init=refiner.init)(model, term), refiner(model, term)
+        alone = refiner(model, term.rows(slice(1, 2)))
+    assert start.objective is not None
+    assert found.objective is not None
+    assert (found.objective <= start.objective + 1e-4 * (1 + start.objective.abs())).all()
+    assert found.reconstruction.shape == (3, 1, 4, 4)
+    assert found.reconstruction.is_complex() == model.decomp.is_complex
+    torch.testing.assert_close(alone.reconstruction[0], found.reconstruction[1], rtol=1e-3, atol=1e-3)
+
+
+def test_draws_meet_exact_bands_and_differ_elsewhere() -> None:
+    model = small(Wavelet2(4, "haar", 1))
+    x = signal(model.decomp, 2, torch.float32)
+    known = KnownBands.of(x, model.decomp, until=2)
+    refiner = MAPRefiner(2, schedule="joint", sample=True)
+    drawn = posterior_draws(model, known, refiner, 3, torch.Generator().manual_seed(0))
+    assert drawn.shape == (3, 2, 1, 4, 4)
+    again = posterior_draws(model, known, refiner, 3, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn, again)
+    for one in drawn:
+        torch.testing.assert_close(model.decomp.analysis(one)[:2], model.decomp.analysis(x)[:2])
+    # No draw is surer of what was not measured than the likelihood is.
+    assert float(drawn.std(0).mean()) > 0.1
+
+
+def test_draws_are_asked_for_as_draws() -> None:
+    model = small(Wavelet2(4, "haar", 1))
+    known = KnownBands.of(signal(model.decomp, 2, torch.float32), model.decomp, until=2)
+    with pytest.raises(ValueError, match="sample=True"):
+        posterior_draws(model, known, MAPRefiner(1), 3)
+    with pytest.raises(ValueError, match="n must be at least 2, got 1"):
+        posterior_draws(model, known, MAPRefiner(1, sample=True), 1)
+
+
+# The example.
+
+problems, baselines = script("inverse.problems"), script("inverse.baselines")
+
+
+def test_every_problem_has_a_linear_operator_of_norm_one_at_most() -> None:
+    for decomp, count in ((Wavelet2(8, "haar", 1), 5), (FFT2Complex(8), 8)):
+        x = signal(decomp, 2, torch.float32)
+        cases = problems.cases(x, decomp)
+        assert len(cases) == count
+        for case in cases:
+            term = case.measurement
+            term.operator.require_laws(x, term.y, term.given)
+            through = term.operator.predict(x, term.y, term.given)
+            assert through.abs().square().sum() <= x.abs().square().sum() * 1.0001
+            assert case.adjoint(x).shape == x.shape
+
+
+def test_masks_keep_the_centre_and_the_share_asked_for() -> None:
+    mask = problems.cartesian_mask(50, 64, 4, torch.Generator().manual_seed(0))[:, 0, 0]
+    assert (mask.sum(1) == 16).all()
+    assert (mask[:, 30:35] == 1).all()
+    assert 0 < mask[:, 0].mean() < 0.5
+
+
+def test_coils_sum_to_one() -> None:
+    maps = problems.sensitivities(8)
+    torch.testing.assert_close(maps.abs().square().sum(1), torch.ones(1, 8, 8))
+
+
+@pytest.mark.parametrize("penalty", ["tv", "wavelets"])
+def test_penalties_have_adjoints_within_their_bound(penalty: str) -> None:
+    k: Any = baselines.TotalVariation() if penalty == "tv" else baselines.WaveletSparsity(8, 2)
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    u = torch.randn(k.forward(x).shape, generator=torch.Generator().manual_seed(1))
+    assert inner(k.forward(x), u) == pytest.approx(inner(x, k.adjoint(u)), rel=1e-4)
+    assert float(k.forward(x).square().sum()) <= k.bound * float(x.square().sum()) * 1.0001
+
+
+def test_total_variation_denoises_as_scikit_image_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(1, 1, 12, 12)
+    x[..., 3:9, 4:10] = 1
+    y = x + 0.2 * torch.randn(x.shape, generator=generator)
+    found = baselines.sparse(Measurement(y, lambda x: x, 0.2), x, baselines.TotalVariation(), 0.3, steps=500)
+    chambolle: Any = denoise_tv_chambolle
+    wanted = chambolle(y[0, 0].numpy(), weight=0.3, eps=1e-9, max_num_iter=3000)
+    np.testing.assert_allclose(found[0, 0].numpy(), wanted, atol=5e-3)
+
+
+def test_wavelets_denoise_by_soft_thresholds() -> None:
+    y = signal(Wavelet2(8, "db2", 1), 2, torch.float32)
+    k = baselines.WaveletSparsity(8, 1)
+    found = baselines.sparse(Measurement(y, lambda x: x, 0.2), y, k, 0.4)
+    first, *details = k.transform.analysis(y)
+    shrunk = [h.sign() * (h.abs() - 0.4).clamp_min(0) for h in details]
+    torch.testing.assert_close(found, k.transform.synthesis([first, *shrunk]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_alternation_meets_exact_measurements() -> None:
+    model = small(Identity(4, 1))
+    x = signal(model.decomp, 2, torch.float32)
+    term = Measurement(x[..., :2], lambda x: x[..., :2], 0.0)
+    found = baselines.pnp_hvae(model, term, 0.8, steps=2)
+    torch.testing.assert_close(found[..., :2], x[..., :2], rtol=1e-3, atol=1e-3)
+
+
+def test_complex_draws_scatter_in_both_parts() -> None:
+    model = small(FFT2Complex(4))
+    x = signal(model.decomp, 2, torch.float32)
+    mask = torch.ones(2, 1, 1, 4)
+    mask[..., 2:] = 0
+    term = Measurement(fourier(x, mask), fourier, 0.05, given=(mask,))
+    drawn = posterior_draws(model, term, MAPRefiner(1, sample=True), 4, torch.Generator().manual_seed(0))
+    assert (pack(drawn.flatten(0, 1)).unflatten(0, (4, 2)).std(0) > 1e-3).all()
