@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from separable_hvae.decomposition import pack
 from separable_hvae.hvae import HVAE
-from separable_hvae.measurement import Measurement, Physics, noise_of
+from separable_hvae.measurement import Measurement
 from separable_hvae.noise import Noise
+from separable_hvae.physics import Physics, noise_of
 from separable_hvae.refine import Refiner
 
 
@@ -35,7 +36,7 @@ class _Adjoint:
     factor: float
 
     def __call__(self, y: Tensor) -> Tensor:
-        return self.factor * self.physics.A_adjoint(y)
+        return self.factor * self.physics.A_adjoint(y)  # type: ignore[attr-defined, no-any-return]
 
 
 def reconstructor(

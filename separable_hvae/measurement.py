@@ -13,11 +13,10 @@ variance that they would add to y for that of what is not predicted: the subset 
 finer bands do not speak.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,34 +25,28 @@ from typing_extensions import override
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition, full_precision
 from separable_hvae.hvae import HVAE, Observation
-from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise, PoissonNoise
+from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise
 from separable_hvae.operators import Map, Operator, condition, real
-from separable_hvae.prior import covariance, draw, mean_bands, precision, standard
+from separable_hvae.physics import Physics, noise_of
+from separable_hvae.prior import covariance, draw, mean_bands, precision, standard, white
 
+Fill = Literal["bands", "mean"]
+FILLS: dict[Fill, Callable[[HVAE, Tensor], Tensor]] = {"bands": covariance, "mean": white}
 _DRAWS = 32
-
-
-@runtime_checkable
-class Physics(Protocol):
-    """What is used of a deepinv physics object; ``noise_model`` is read too where there is one."""
-
-    def A(self, x: Tensor) -> Tensor:  # noqa: N802
-        """Measure signals."""
-
-    def A_adjoint(self, y: Tensor) -> Tensor:  # noqa: N802
-        """Apply the adjoint."""
 
 
 class Measurement(DataTerm):
     """Measurements of signals.
 
     Unless ``start`` says otherwise, the encoder sees the best linear estimate under what the model was
-    calibrated with, the mean and deviation of each band: the pseudo-inverse where these say nothing.
+    calibrated with: the mean and the deviation of each band (``fill="bands"``), or one deviation for all,
+    which leaves what was not measured at the mean (``fill="mean"``, the pseudo-inverse). The first does more
+    for missing pixels, the second for missing k-space samples of a model with wavelet bands.
 
     Args:
         y: Measurements, batch first, real or complex.
-        operator: A callable ``(x, *given) -> y`` on signals ``(B, C, *size)``, or an object with ``A`` and
-            ``A_adjoint`` such as a deepinv physics.
+        operator: A callable ``(x, *given) -> y`` on signals ``(B, C, *size)``, or an object with methods ``A``
+            and perhaps ``A_adjoint``, such as a deepinv physics.
         noise: A :class:`Noise`, or the standard deviation of Gaussian noise (of real and imaginary part
             alike; 0 for none). ``None`` reads the ``noise_model`` of a deepinv physics.
         adjoint: A callable ``(y, *given) -> x``; ``None`` takes the physics' own, or autograd's.
@@ -62,6 +55,7 @@ class Measurement(DataTerm):
         stacked: Whether the operator takes real and imaginary part as channels ``(B, 2C, *size)``, as
             deepinv's MRI does.
         start: Signals ``(B, C, *size)`` for the encoder to see; needed where the operator is not linear.
+        fill: How the encoder's first look completes what was not measured, see above.
 
     Raises:
         TypeError: If an argument has the wrong type, or there is no noise level.
@@ -79,6 +73,7 @@ class Measurement(DataTerm):
         linear: bool = True,
         stacked: bool = False,
         start: Tensor | None = None,
+        fill: Fill = "bands",
     ) -> None:
         if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
             raise TypeError(f"y must be a real or complex tensor, got {getattr(y, 'dtype', type(y).__name__)}")
@@ -86,9 +81,9 @@ class Measurement(DataTerm):
             raise ValueError(f"y must hold at least one sample, batch first, got shape {tuple(y.shape)}")
         if isinstance(operator, Physics):
             noise = noise_of(operator) if noise is None else noise
-            adjoint, operator = adjoint or operator.A_adjoint, operator.A
+            adjoint, operator = adjoint or getattr(operator, "A_adjoint", None), operator.A
         elif not callable(operator):
-            raise TypeError(f"operator must be a callable or have A and A_adjoint, got {type(operator).__name__}")
+            raise TypeError(f"operator must be a callable or have a method A, got {type(operator).__name__}")
         if noise is None:
             raise TypeError("noise must be a Noise or a standard deviation, 0 where y has none, got None")
         for i, tensor in enumerate(given):
@@ -97,11 +92,14 @@ class Measurement(DataTerm):
                 raise ValueError(f"given[{i}] must be a tensor of {len(y)} samples, batch first, got {got}")
         if start is None and not linear:
             raise ValueError("start must be given where the operator is not linear: the encoder has to see signals")
+        if fill not in FILLS:
+            raise ValueError(f"fill must be one of {sorted(FILLS)}, got {fill!r}")
         self.noise = noise if isinstance(noise, Noise) else GaussianNoise(noise)
         self.noise.check(y)
         if not linear and self.noise in (GaussianNoise(0.0), LaplaceNoise(0.0)):
             raise ValueError("noise must have a positive standard deviation where the operator is not linear, got 0")
         self.y, self.given, self.linear, self.start = y.detach(), tuple(given), linear, start
+        self.fill: Fill = fill
         self.operator = Operator(operator, adjoint, stacked)
 
     @override
@@ -119,6 +117,7 @@ class Measurement(DataTerm):
             linear=self.linear,
             stacked=self.operator.stacked,
             start=None if self.start is None else self.start[rows],
+            fill=self.fill,
         )
 
     @override
@@ -135,7 +134,7 @@ class Measurement(DataTerm):
                     f"start must hold {len(y)} signals on {y.device}, as y does, got {len(x)} on {x.device}"
                 )
             return x.detach().to(mean.dtype)
-        return condition(mean, partial(covariance, model), self.operator, y, given, self._variance(y))
+        return condition(mean, partial(FILLS[self.fill], model), self.operator, y, given, self._variance(y))
 
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
@@ -260,36 +259,3 @@ class MeasurementMisfit(Misfit):
     def _compare(self, x: Tensor, y: Tensor, spread: Tensor, given: Sequence[Tensor]) -> Tensor:
         with full_precision(x.device):
             return self.noise.misfit(real(self.operator.predict(x, y, given)), real(y), spread)
-
-
-def noise_of(physics: Physics) -> Noise | None:
-    """The noise of a deepinv physics, ``None`` where it has none.
-
-    Raises:
-        ValueError: If its noise model is none of Gaussian, Laplace, Poisson and none, or differs by sample.
-    """
-    model = getattr(physics, "noise_model", None)
-    if model is None:
-        return None
-    kind = type(model).__name__
-    if kind == "ZeroNoise":
-        return GaussianNoise(0.0)
-    if kind == "GaussianNoise":
-        return GaussianNoise(_number("sigma", model.sigma))
-    if kind == "LaplaceNoise":
-        return LaplaceNoise(math.sqrt(2) * _number("b", model.b))
-    if kind == "PoissonNoise" and bool(model.normalize):
-        return PoissonNoise(_number("gain", model.gain))
-    raise ValueError(
-        f"physics has a noise model {kind} that cannot be read; those that can are GaussianNoise, LaplaceNoise, "
-        "PoissonNoise with normalize=True and ZeroNoise: pass noise="
-    )
-
-
-def _number(name: str, value: Any) -> float:
-    numbers = torch.as_tensor(value).flatten()
-    if numbers.numel() != 1:
-        raise ValueError(
-            f"the physics' noise must have one {name} for all samples, got {numbers.tolist()}: pass noise="
-        )
-    return float(numbers)

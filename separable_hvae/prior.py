@@ -30,13 +30,19 @@ def deviations(model: HVAE) -> list[float]:
 
 
 def covariance(model: HVAE, x: Tensor) -> Tensor:
-    """``C x`` for signals ``(B, C, *size)``; bands that are not orthonormal have one deviation for all."""
-    units = deviations(model)
+    """``C x`` for signals ``(B, C, *size)``; for bands that are not orthonormal, as :func:`white`."""
+    if not model.decomp.orthonormal:
+        return white(model, x)
     with full_precision(x.device):
-        if not model.decomp.orthonormal:
-            return x * (sum(u**2 for u in units) / len(units))
         bands = model.decomp.analysis(x)
-        return model.decomp.synthesis([unit**2 * band for unit, band in zip(units, bands, strict=True)])
+        return model.decomp.synthesis([unit**2 * band for unit, band in zip(deviations(model), bands, strict=True)])
+
+
+def white(model: HVAE, x: Tensor) -> Tensor:
+    """The same with one deviation for every coefficient, whose square is their mean one."""
+    sizes = [subset.centre.numel() for subset in model.subsets]
+    energy = sum(n * unit**2 for n, unit in zip(sizes, deviations(model), strict=True))
+    return x * (energy / sum(sizes))
 
 
 def draw(model: HVAE, unknown: Sequence[int], generator: torch.Generator) -> list[Tensor]:

@@ -28,8 +28,8 @@ from separable_hvae import (
     masks_of,
 )
 from separable_hvae.decomposition import Decomposition
-from separable_hvae.measurement import noise_of
 from separable_hvae.operators import Operator, condition, inner
+from separable_hvae.physics import noise_of
 from tests.zoo import Pyramid, random_bands, signal
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -342,6 +342,14 @@ def test_the_encoder_sees_the_best_linear_estimate() -> None:
     )
 
 
+def test_the_encoder_may_see_the_pseudo_inverse() -> None:
+    model, _, a = measured(FFT1Real(8))
+    y = matrix(2, 5, seed=9)
+    mean = model.decomp.synthesis([s.centre[None] for s in model.subsets]).flatten(1)
+    found = Measurement(y, dense(a), 0.0, fill="mean").guess(model).flatten(1)
+    torch.testing.assert_close(found, mean + (y - mean @ a.T) @ torch.linalg.pinv(a).T, rtol=1e-3, atol=1e-3)
+
+
 def test_correction_is_the_mean_given_latents_and_draws_scatter_as_they_should() -> None:
     model, term, a = measured(FFT1Real(8))
     decoded = signal(model.decomp)
@@ -465,11 +473,17 @@ def test_a_physics_is_an_operator() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
+        (
+            (torch.ones(2, 3), torch.square, 0.1),
+            {"fill": "nothing"},
+            ValueError,
+            r"fill must be one of .* got 'nothing'",
+        ),
         (([1.0], torch.square, 0.1), {}, TypeError, "y must be a real or complex tensor, got list"),
         ((torch.ones(2, 3, dtype=torch.int64), torch.square, 0.1), {}, TypeError, "got torch.int64"),
         ((torch.ones(()), torch.square, 0.1), {}, ValueError, "at least one sample, batch first"),
         ((torch.tensor([[math.nan]]), torch.square, 0.1), {}, ValueError, "y must be finite"),
-        ((torch.ones(2, 3), 5, 0.1), {}, TypeError, "operator must be a callable or have A and A_adjoint, got int"),
+        ((torch.ones(2, 3), 5, 0.1), {}, TypeError, "operator must be a callable or have a method A, got int"),
         ((torch.ones(2, 3), torch.square), {}, TypeError, "noise must be a Noise or a standard deviation"),
         ((torch.ones(2, 3), torch.square, 0.1), {"given": (torch.ones(3),)}, ValueError, r"given\[0\] .* 2 samples"),
     ],

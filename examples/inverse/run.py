@@ -1,18 +1,20 @@
 """Inverse problems with a trained model, beside what else could solve them, on the same held-out images.
 
-    python examples/inverse/run.py                                          # trains on digits first, 8×8
-    python examples/inverse/run.py --model runs/best/model --vanilla runs/vanilla/model --images heldout.pt
+    python examples/inverse/run.py                                    # trains on digits first, 8×8
+    python examples/inverse/run.py --fastmri FOLDER --out inverse-mri # complex images, 32×32, from fastMRI's volumes
+    python examples/inverse/run.py --model runs/best/model --vanilla runs/vanilla/model --images images.pt
 
-`--images` is a torch file with a tensor (N, C, H, W) of held-out images, or a dictionary of such tensors "train"
-(for the baselines' weights) and "held". Writes results.json, results.md and one picture for each problem into
-./inverse/. `--problems` takes part of the problems' names, so that a slow machine can do one after the other.
+`images.pt` is a torch file with a dictionary of two tensors (N, C, H, W): "train" (40 of them choose the baselines'
+weights) and "held". What was trained is kept in --out and used again. Writes results.json, results.md and a picture
+of each problem. `--problems` takes parts of problems' names, so that a slow machine can do one after the other.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +51,52 @@ class Method:
         return self.weights[errors.index(min(errors))]
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """Scikit-learn's handwritten digits for training and held out, ``(N, 1, 8, 8)`` in [-1, 1]."""
+def digits() -> dict[str, Tensor]:
+    """Scikit-learn's handwritten digits, ``(N, 1, 8, 8)`` in [-1, 1]."""
     from sklearn.datasets import load_digits
 
     x = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    return x[300:], x[:300]
+    return {"train": x[300:], "held": x[:300]}
 
 
-def train_digits(train: Tensor, folder: Path, steps: int) -> tuple[HVAE, HVAE]:
-    """The separable and the vanilla model of the same size, trained alike."""
-    models = []
-    for name, decomp in {"separable": Wavelet2(8, "haar", 1), "vanilla": Identity(8, 1)}.items():
-        torch.manual_seed(0)
-        model = HVAE(decomp, layers=3, width=32, bottleneck=16, blocks=1, sigma=0.1)
-        model.to(memory_format=torch.channels_last)
-        fit(model, train, steps=steps, batch_size=32, learning_rate=8e-3, seed=0)
-        model.save_pretrained(folder / name)
-        models.append(model.eval())
+def volumes(folder: Path, side: int = 32) -> dict[str, Tensor]:
+    """Slices of fastMRI's volumes, complex ``(N, 1, side, side)``, their parts' mean square one."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from mri import fastmri
+
+    return {"train": fastmri(folder, train=True, size=side), "held": fastmri(folder, train=False, size=side)}
+
+
+def vary(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of complex images and turn the phase of each."""
+    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
+    angle = 2 * torch.pi * torch.rand(len(x), 1, 1, 1, generator=generator)
+    return x * torch.polar(torch.ones_like(angle), angle)
+
+
+def trained(images: Tensor, folder: Path, seconds: float) -> tuple[HVAE, HVAE]:
+    """The separable and the vanilla model of one size, trained alike for some seconds of CPU time."""
+    models: list[HVAE] = []
+    side, is_complex = images.shape[-1], images.is_complex()
+    scales = [1, 2, 4, 8] if side == 8 else [2, 4, 8, 16, 32]
+    size = {"layers": 2, "latent_channels": 2, "sigma": 0.15} if is_complex else {"layers": 3, "sigma": 0.1}
+    haar = Wavelet2(side, "haar", images.shape[1], scales, is_complex=is_complex)
+    for name, decomp in {"separable": haar, "vanilla": Identity(side, images.shape[1], scales, is_complex)}.items():
+        if not (folder / name).exists():
+            torch.manual_seed(0)
+            model = HVAE(decomp, width=32, bottleneck=16, blocks=1, **size)  # type: ignore[arg-type]
+            fit(
+                model.to(memory_format=torch.channels_last),
+                images,
+                time_budget=seconds,
+                clock=time.process_time,
+                batch_size=16 if is_complex else 32,
+                learning_rate=4e-3 if is_complex else 8e-3,
+                augment=vary if is_complex else None,
+            )
+            model.save_pretrained(folder / name)
+        models.append(HVAE.from_pretrained(folder / name))
     return models[0], models[1]
 
 
@@ -77,8 +106,8 @@ def methods(model: HVAE, vanilla: HVAE | None, side: int, steps: int) -> dict[st
     def penalised(penalty: Sparsity) -> Method:
         return Method(lambda case, like, w, _: sparse(case.measurement, like, penalty, w), WEIGHTS)
 
-    def refined(of: HVAE, refiner: MAPRefiner) -> Method:
-        return Method(lambda case, *_: refiner(of, case.term(of)).reconstruction)
+    def refined(of: HVAE, **settings: Any) -> Method:
+        return Method(lambda case, *_: MAPRefiner(guidance=case.guidance, **settings)(of, case.term(of)).reconstruction)
 
     def corrected(of: HVAE, name: str) -> Method:
         return Method(lambda case, like, w, found: case.term(of).correct(of, found[name]))
@@ -89,27 +118,27 @@ def methods(model: HVAE, vanilla: HVAE | None, side: int, steps: int) -> dict[st
         "total variation": penalised(TotalVariation()),
         "wavelet sparsity": penalised(WaveletSparsity(side, model.decomp.real_channels)),
     }
-    joint = MAPRefiner(steps, schedule="joint", rule="gauss-newton")
+    joint = {"steps": steps, "schedule": "joint", "rule": "gauss-newton"}
+    adam = {"steps": 2 * steps, "step_size": 0.05, "rule": "adam"}
     if vanilla is not None:
         rows |= {
-            "vanilla, amortized": refined(vanilla, MAPRefiner(0)),
-            "vanilla, Adam": refined(vanilla, MAPRefiner(2 * steps, 0.05, schedule="joint", rule="adam")),
-            "vanilla, joint": refined(vanilla, joint),
+            "vanilla, amortized": refined(vanilla, steps=0),
+            "vanilla, joint Adam": refined(vanilla, schedule="joint", **adam),
+            "vanilla, joint": refined(vanilla, **joint),
             "vanilla, joint, corrected": corrected(vanilla, "vanilla, joint"),
             "vanilla, PnP-HVAE": Method(lambda case, like, t, _: pnp_hvae(vanilla, case.measurement, t), TEMPERATURES),
         }
-    sweeps = MAPRefiner(2 * steps, 0.05, schedule=Scale(sweeps=2), rule="adam")
     return rows | {
-        "separable, amortized": refined(model, MAPRefiner(0)),
-        "separable, scale by scale": refined(model, sweeps),
-        "separable, joint": refined(model, joint),
+        "separable, amortized": refined(model, steps=0),
+        "separable, scale by scale": refined(model, schedule=Scale(sweeps=2), **adam),
+        "separable, joint": refined(model, **joint),
         "separable, joint, corrected": corrected(model, "separable, joint"),
     }
 
 
 def uncertainty(model: HVAE, case: Case, x: Tensor, steps: int, draws: int) -> tuple[dict[str, float], Tensor, Tensor]:
     """Calibration of refined posterior draws, their mean and their standard deviation."""
-    refiner = MAPRefiner(steps, schedule="joint", rule="gauss-newton", sample=True)
+    refiner = MAPRefiner(steps, guidance=case.guidance, schedule="joint", rule="gauss-newton", sample=True)
     found = posterior_draws(model, case.term(model), refiner, draws, torch.Generator().manual_seed(0))
     mean = found.mean(0)
     drawn, wrong = (torch.view_as_real(t) if t.is_complex() else t for t in (found, x - mean))
@@ -124,15 +153,16 @@ def uncertainty(model: HVAE, case: Case, x: Tensor, steps: int, draws: int) -> t
 def main() -> None:
     """Train or load, run every method on every problem, write tables and pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder that save_pretrained wrote (default: train on digits)")
+    parser.add_argument("--model", type=Path, help="folder that save_pretrained wrote (default: train one)")
     parser.add_argument("--vanilla", type=Path, help="folder of an Identity model of the same size")
-    parser.add_argument("--images", type=Path, help="torch file with held-out images (default: digits)")
-    parser.add_argument("--label", default="digits, 8×8", help="what to call the images")
+    parser.add_argument("--images", type=Path, help="torch file with images for --model")
+    parser.add_argument("--fastmri", type=Path, help="folder of fastMRI volumes to train and measure on")
+    parser.add_argument("--label", default="images", help="what to call the images")
     parser.add_argument("--count", type=int, default=200, help="held-out images (default: %(default)s)")
     parser.add_argument(
         "--steps", type=int, default=20, help="Gauss–Newton steps; Adam takes twice as many (default: %(default)s)"
     )
-    parser.add_argument("--training", type=int, default=600, help="training steps on digits (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=100, help="CPU time of each training (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=8, help="posterior draws (default: %(default)s)")
     parser.add_argument("--uncertain", type=int, default=40, help="images whose uncertainty is measured")
     parser.add_argument("--problems", nargs="*", default=[""], help="parts of the names of problems to run")
@@ -140,17 +170,16 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    train, held = digits()
-    if args.images:
-        loaded = torch.load(args.images, weights_only=True)
-        train, held = (loaded["train"], loaded["held"]) if isinstance(loaded, dict) else (loaded[args.count :], loaded)
+    if bool(args.model) != bool(args.images):
+        parser.error("--model and --images belong together")
+    images: dict[str, Tensor] = torch.load(args.images, weights_only=True) if args.images else {}
+    vanilla = HVAE.from_pretrained(args.vanilla) if args.vanilla else None
     if args.model:
-        model, vanilla = HVAE.from_pretrained(args.model), None
-        if args.vanilla:
-            vanilla = HVAE.from_pretrained(args.vanilla)
+        model = HVAE.from_pretrained(args.model)
     else:
-        model, vanilla = train_digits(train, args.out, args.training)
-    x, clean = held[: args.count], train[:40]
+        images = volumes(args.fastmri) if args.fastmri else digits()
+        model, vanilla = trained(images["train"], args.out, args.seconds)
+    x, clean = images["held"][: args.count], images["train"][:40]
 
     rows = methods(model, vanilla, x.shape[-1], args.steps)
     path = args.out / "results.json"
@@ -170,12 +199,12 @@ def main() -> None:
             table[name] = quality(solved[name], x) | {"ms": 1e3 * seconds / len(x), "weight": weight}
             shown = ", ".join(f"{k} {table[name][k]['mean']:.4g}" for k in ("psnr", "ssim", "nmse"))
             print(f"  {name:28} {shown}, {table[name]['ms']:.1f} ms/image", flush=True)
-        few = Case(
-            case.name, *(None if t is None else t.rows(slice(args.uncertain)) for t in (case.measurement, case.known))
-        )
+        measurement, known = (t and t.rows(slice(args.uncertain)) for t in (case.measurement, case.known))
+        few = replace(case, measurement=measurement, known=known)
         calibration, mean, deviation = uncertainty(model, few, x[: args.uncertain], args.steps, args.draws)
         print(f"  {calibration}", flush=True)
-        found = {"methods": table, "p": significance(table), "calibration": calibration}
+        measure = "nmse" if x.is_complex() else "psnr"
+        found = {"methods": table, "measure": measure, "p": significance(table, measure), "calibration": calibration}
         if case.known is not None:
             found["known bands"] = {n: known_error(case, solved[n], model.decomp) for n in table}
         report["problems"][case.name] = found
