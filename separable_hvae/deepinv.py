@@ -91,7 +91,7 @@ def reconstructor(
                 y,
                 _Forward(physics, factor, offset),
                 noise_of(physics) if noise is None else noise,
-                adjoint=_Adjoint(physics, factor),
+                adjoint=_Adjoint(physics, factor) if hasattr(physics, "A_adjoint") else None,
                 stacked=self.model.decomp.is_complex,
             )
             x = self.refiner(self.model, term).reconstruction

@@ -184,18 +184,20 @@ class Measurement(DataTerm):
 
     def _read(self, model: HVAE) -> tuple[Tensor, list[Tensor]]:
         """Measurements and what the operator takes besides signals, in the model's precision."""
+        for name, tensor in {"y": self.y, **{f"given[{i}]": t for i, t in enumerate(self.given)}}.items():
+            if tensor.device != model.start.device:
+                raise ValueError(f"{name} is on {tensor.device}, the model on {model.start.device}")
         wanted = precision(model)
 
         def cast(t: Tensor) -> Tensor:
+            # Tensors from inference mode could not be used with autograd.
+            t = t.clone() if t.is_inference() else t
             if not (t.is_floating_point() or t.is_complex()):
                 return t
             return t.to(wanted.to_complex() if t.is_complex() else wanted)
 
-        for name, tensor in {"y": self.y, **{f"given[{i}]": t for i, t in enumerate(self.given)}}.items():
-            if tensor.device != model.start.device:
-                raise ValueError(f"{name} is on {tensor.device}, the model on {model.start.device}")
-        y = self.y.clone() if self.y.is_inference() else self.y
-        return cast(y), [cast(t) for t in self.given]
+        with torch.inference_mode(False):
+            return cast(self.y), [cast(t) for t in self.given]
 
     def _mean(self, model: HVAE) -> Tensor:
         """The mean signal of the training data, for each sample."""
@@ -210,7 +212,7 @@ class Measurement(DataTerm):
         """Variance that the decoder's own σ adds to real measurements, ``(B, 1, …)``."""
         if not self.linear:
             return real(y).new_zeros(())
-        gain = self.operator.gain(like, y, given)
+        gain = self.operator.gain(like, y, given).clamp_min(1e-12)  # Samples of which nothing is measured.
         return float(model.sigma.detach()) ** 2 * (gain[..., None] if y.is_complex() else gain)
 
     def _spread(self, model: HVAE, unknown: Sequence[int], like: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:

@@ -65,7 +65,7 @@ class Operator:
             ValueError: If it gives another shape.
         """
         if self.adjoint is None:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 at = torch.zeros_like(like).requires_grad_()
                 predicted = self.predict(at, y, given)
                 if not predicted.requires_grad:

@@ -41,5 +41,7 @@ def posterior_draws(
         raise ValueError(f"n must be at least 2, got {n}")
     many = known.rows(torch.arange(len(known)).repeat(n))
     decoded = refiner(model, many, generator).reconstruction
-    drawn = many.correct(model, decoded, generator or torch.Generator(decoded.device))
+    if generator is None:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    drawn = many.correct(model, decoded, generator)
     return drawn.reshape(n, len(known), *drawn.shape[1:])

@@ -415,6 +415,20 @@ def test_an_operator_that_is_not_linear_needs_a_start() -> None:
         term.correct(model, y)
 
 
+def test_inference_mode_and_samples_of_which_nothing_is_known() -> None:
+    model = tiny(FFT1Real(8))
+    with torch.inference_mode():
+        x, mask = signal(model.decomp), torch.tensor([1.0, 0.0]).double()[:, None, None].expand(2, 1, 8)
+        term = Measurement(x * mask, lambda x, mask: x * mask, 0.0, given=[mask.clone()])
+        guess, corrected = term.guess(model), term.correct(model, torch.zeros_like(x))
+    torch.testing.assert_close(corrected, x * mask)
+    mean = model.decomp.synthesis([subset.centre[None] for subset in model.subsets])
+    torch.testing.assert_close(guess, torch.cat([x[:1], mean]))
+    bound = term.bind(model, model.observe(guess.clone()))
+    ((_, misfit),) = bound.misfit.total(model.decomp.analysis(guess), bound.data)
+    torch.testing.assert_close(misfit, torch.zeros(2).double())
+
+
 class Halves:
     """Blocks of two averaged: what is used of a deepinv physics, without deepinv."""
 

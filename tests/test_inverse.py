@@ -1,5 +1,9 @@
 """Refinement with what is known of a signal, against closed forms; the example's problems and baselines."""
 
+import json
+import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +30,7 @@ from separable_hvae.data_terms import DataTerm
 from separable_hvae.decomposition import Decomposition, pack
 from separable_hvae.refine import Scale
 from tests.linear_gaussian import Affine, Array, ClosedForm, flat, linear_gaussian, stacked
-from tests.scripts import script
+from tests.scripts import EXAMPLES, script
 from tests.zoo import Make, Pyramid, inner, signal
 
 DECOMPOSITIONS: dict[str, Make] = {
@@ -166,7 +170,8 @@ def test_draws_are_asked_for_as_draws() -> None:
 
 # The example.
 
-problems, baselines = script("inverse.problems"), script("inverse.baselines")
+sys.path.append(str(EXAMPLES / "inverse"))
+problems, baselines, report, solve = (script(name) for name in ("problems", "baselines", "report", "run"))
 
 
 def test_every_problem_has_a_linear_operator_of_norm_one_at_most() -> None:
@@ -239,3 +244,40 @@ def test_complex_draws_scatter_in_both_parts() -> None:
     term = Measurement(fourier(x, mask), fourier, 0.05, given=(mask,))
     drawn = posterior_draws(model, term, MAPRefiner(1, sample=True), 4, torch.Generator().manual_seed(0))
     assert (pack(drawn.flatten(0, 1)).unflatten(0, (4, 2)).std(0) > 1e-3).all()
+
+
+def test_quality_of_images_that_are_known_to_be_wrong() -> None:
+    x = torch.full((2, 1, 8, 8), 0.5)
+    found = report.quality(torch.stack([x[0] + 0.2, x[1] - 0.02]), x)
+    np.testing.assert_allclose(found["psnr"]["each"], [20.0, 40.0], atol=1e-4)
+    np.testing.assert_allclose(found["nmse"]["each"], [0.16, 0.0016], atol=1e-5)
+    assert found["psnr"]["mean"] == pytest.approx(30.0)
+    assert found["psnr"]["se"] == pytest.approx(10.0)
+    z = signal(FFT2Complex(8), 2, torch.float32)
+    turned = report.quality(0.9j * z, z)
+    np.testing.assert_allclose(turned["nmse"]["each"], [1.81, 1.81], atol=1e-4)  # the phase counts
+    assert min(turned["ssim"]["each"]) > 0.95  # in magnitudes it does not
+
+
+def test_the_example_writes_a_table_of_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = (0.5 * torch.randn(14, 1, 8, 8, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    torch.save({"train": images[:6], "held": images[6:]}, tmp_path / "images.pt")
+    small(Wavelet2(8, "haar", 1)).save_pretrained(tmp_path / "separable")
+    small(Identity(8, 1)).save_pretrained(tmp_path / "vanilla")
+    monkeypatch.setattr(solve, "WEIGHTS", [0.1])
+    monkeypatch.setattr(solve, "TEMPERATURES", [0.9])
+    monkeypatch.setattr(solve, "sparse", partial(baselines.sparse, steps=3))
+    monkeypatch.setattr(solve, "pnp_hvae", partial(baselines.pnp_hvae, steps=3))
+    out = tmp_path / "out"
+    options = {"--model": "separable", "--vanilla": "vanilla", "--images": "images.pt", "--out": "out"}
+    numbers = ["--steps", "1", "--draws", "2", "--uncertain", "4", "--problems", "deblur"]
+    arguments = [str(a) for name, value in options.items() for a in (name, tmp_path / value)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *numbers])
+    solve.main()
+    (found,) = json.loads((out / "results.json").read_text())["problems"].values()
+    assert len(found["methods"]) == 13
+    assert set(found["p"]) == set(report.AGAINST)
+    assert found["known bands"]["separable, joint, corrected"] < 1e-6
+    table = (out / "results.md").read_text()
+    assert all(f"| {name} |" in table for name in found["methods"])
+    assert (out / "deblur.png").exists()

@@ -100,14 +100,14 @@ def draw(case: Case, x: Tensor, solved: Mapping[str, Tensor], mean: Tensor | Non
         for (name, images), panel in zip(columns.items(), line, strict=True):
             image = images[i].detach()
             if name.startswith("σ"):
-                panel.imshow(image[0].abs(), cmap="magma", vmin=0)
+                panel.imshow(image[0].abs().numpy(), cmap="magma", vmin=0)
             elif kind == "k-space":
                 shown = to_kspace(image).abs().clamp_min(1e-3).log()[0]
-                panel.imshow(shown, cmap="magma", vmin=float(spectrum.min()), vmax=float(spectrum.max()))
+                panel.imshow(shown.numpy(), cmap="magma", vmin=float(spectrum.min()), vmax=float(spectrum.max()))
             elif x.is_complex():
-                panel.imshow(image[0].abs(), cmap="gray", vmin=0, vmax=top)
+                panel.imshow(image[0].abs().numpy(), cmap="gray", vmin=0, vmax=top)
             else:
-                panel.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
+                panel.imshow(image[0].numpy(), cmap="gray", vmin=-1, vmax=1)
             panel.set(xticks=[], yticks=[])
             if line is axes[0]:
                 panel.set_title(name, fontsize=7)
