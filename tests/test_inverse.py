@@ -280,4 +280,4 @@ def test_the_example_writes_a_table_of_every_method(tmp_path: Path, monkeypatch:
     assert found["known bands"]["separable, joint, corrected"] < 1e-6
     table = (out / "results.md").read_text()
     assert all(f"| {name} |" in table for name in found["methods"])
-    assert (out / "deblur.png").exists()
+    assert (out / "deblur-bands-to-4-known.png").exists()

@@ -5,10 +5,10 @@ r"""Inverse problems on images: what is measured, and a data term that says so.
     blur            circular Gaussian blur
     super-resolve   averages over blocks: of 2×2 pixels, of 4×4 from 32 pixels on
     inpaint         a random half of the pixels
-    cartesian       k-space columns, the central ones and random others, as fastMRI masks them
-    coils           the same with four coils
+    k-space         Cartesian columns, the central ones and random others, as fastMRI masks them, of one coil
+                    or four
 
-Noise is Gaussian, its level known. The last three of these are for complex images only.
+Noise is Gaussian, its level known. The last are for complex images only.
 """
 
 import math
@@ -65,7 +65,7 @@ def cases(x: Tensor, decomp: Decomposition, seed: int = 0) -> list[Case]:
         y = operator(x, *given)
         y = y + sigma * seen * torch.randn(y.shape, generator=random, dtype=y.dtype) * math.sqrt(1 + y.is_complex())
         # Wavelet bands mix k-space samples, so their deviations guess the missing ones badly.
-        fill: Fill = "mean" if name.startswith("cartesian") else "bands"
+        fill: Fill = "mean" if name.startswith("k-space") else "bands"
         return Case(name, Measurement(y, operator, sigma, given=given, fill=fill))
 
     until = max(s for s in decomp.band_scales if s <= (side // 2 if side < 32 else 8))
@@ -91,10 +91,10 @@ def cases(x: Tensor, decomp: Decomposition, seed: int = 0) -> list[Case]:
     if x.is_complex():
         for factor in (4, 8):
             columns = cartesian_mask(len(x), side, factor, random).to(x.real.dtype)
-            found.append(measured(f"cartesian {factor}×", 0.05, sampled, columns, seen=columns))
+            found.append(measured(f"k-space {factor}×, 1 coil", 0.05, sampled, columns, seen=columns))
         columns = cartesian_mask(len(x), side, 8, random).to(x.real.dtype)
         coils = sensitivities(side).to(x.dtype).expand(len(x), -1, -1, -1)
-        found.append(measured("cartesian 8×, 4 coils", 0.05, multicoil, columns, coils, seen=columns))
+        found.append(measured("k-space 8×, 4 coils", 0.05, multicoil, columns, coils, seen=columns))
     return found
 
 

@@ -11,6 +11,7 @@ of each problem. `--problems` takes parts of problems' names, so that a slow mac
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -208,7 +209,7 @@ def main() -> None:
         if case.known is not None:
             found["known bands"] = {n: known_error(case, solved[n], model.decomp) for n in table}
         report["problems"][case.name] = found
-        name = case.name.split(",")[0].replace(" ", "-").replace("×", "x")
+        name = re.sub("[^a-z0-9]+", "-", case.name.lower())
         draw(case, x, solved, mean, deviation).savefig(args.out / f"{name}.png", dpi=110)
         path.write_text(json.dumps(report, indent=1) + "\n")
         (args.out / "results.md").write_text(markdown(report))
