@@ -89,7 +89,7 @@ def sparse(problem: Measurement, like: Tensor, penalty: Sparsity, weight: float,
 
 
 @torch.no_grad()
-def pnp_hvae(model: HVAE, problem: Measurement, temperature: float, steps: int = 30) -> Tensor:
+def pnp_hvae(model: HVAE, problem: Measurement, temperature: float, steps: int = 12) -> Tensor:
     """Alternate between latents in closed form and a linear solve for the image.
 
     Args:

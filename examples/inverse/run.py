@@ -4,7 +4,7 @@
     python examples/inverse/run.py --fastmri FOLDER --out inverse-mri # complex images, 32×32, from fastMRI's volumes
     python examples/inverse/run.py --model runs/best/model --vanilla runs/vanilla/model --images images.pt
 
-`images.pt` is a torch file with a dictionary of two tensors (N, C, H, W): "train" (40 of them choose the baselines'
+`images.pt` is a torch file with a dictionary of two tensors (N, C, H, W): "train" (16 of them choose the baselines'
 weights) and "held". What was trained is kept in --out and used again. Writes results.json, results.md and a picture
 of each problem. `--problems` takes parts of problems' names, so that a slow machine can do one after the other.
 """
@@ -29,7 +29,7 @@ from separable_hvae import HVAE, Identity, MAPRefiner, Wavelet2, fit, posterior_
 from separable_hvae.refine import Scale
 
 WEIGHTS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4]
-TEMPERATURES = [0.5, 0.7, 0.85, 1.0]
+TEMPERATURES = [0.7, 0.85, 1.0]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def main() -> None:
     else:
         images = volumes(args.fastmri) if args.fastmri else digits()
         model, vanilla = trained(images["train"], args.out, args.seconds)
-    x, clean = images["held"][: args.count], images["train"][:40]
+    x, clean = images["held"][: args.count], images["train"][:16]
 
     rows = methods(model, vanilla, x.shape[-1], args.steps)
     path = args.out / "results.json"
