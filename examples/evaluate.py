@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from separable_hvae import HVAE, MAPRefiner, Refiner, Result
 from separable_hvae.plots import progressive
 
-UNITS = {"cifar10": ("8-bit levels", 127.5), "fastmri": ("1 = mean square of real and imaginary parts", 1.0)}
+UNITS = {"cifar10": ("8-bit levels", 127.5), "fastmri": ("volume's RMS", 1.0)}
 
 PRIOR_STEP = 0.1  # From the prior the way is long: fifty steps of the default 0.01 move a latent by 0.5 at most.
 

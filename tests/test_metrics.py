@@ -107,6 +107,15 @@ def test_the_name_says_which_extractor() -> None:
     torch.testing.assert_close(features(images(2)), default(images(2)))
 
 
+def test_an_exported_extractor(tmp_path: Path) -> None:
+    path, features = tmp_path / "inception.pt2", metrics.RandomFeatures().eval()
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(features, (images(4),), dynamic_shapes=shapes), path)
+    name, loaded = metrics.extractor(str(path))
+    assert name == "inception"
+    torch.testing.assert_close(loaded(images(7)), features(images(7)))
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
