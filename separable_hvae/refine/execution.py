@@ -120,7 +120,8 @@ def _compile(method: str, call: Call) -> Callable[[Call], Any]:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     model = _Holder(call.piece.objective.model)
-    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    slots = _weight_slots(model)
+    weights = {name: own[key] for name, (own, key) in slots.items()}
     structure: list[Any] = []
     count = len(call.moving)
 
@@ -151,14 +152,31 @@ def _compile(method: str, call: Call) -> Callable[[Call], Any]:
 
             compiled = inductor(graph, [inputs[i] for i in used])
 
+    places = list(slots.values())
+    read = [places[i] for i in used if i < len(places)]
+    rest = [i - len(places) for i in used if i >= len(places)]
+
     def run(call: Call) -> Any:
-        # Weights are looked up anew: they may have been trained or moved since.
-        tensors = [*model.parameters(), *model.buffers(), *call.moving, *call.held]
+        given = [*call.moving, *call.held]
         with torch.no_grad():
-            leaves = compiled(*[tensors[i].detach() for i in used])
+            # Weights are looked up anew: they may have been replaced since.
+            leaves = compiled(*[own[key] for own, key in read], *[given[i].detach() for i in rest])
         return pytree.tree_unflatten(list(leaves), structure[0])
 
     return run
+
+
+def _weight_slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where a model keeps each parameter and buffer: the dictionary and its key, by full name."""
+    slots: dict[str, tuple[dict[str, Any], str]] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    slots[f"{prefix}.{key}" if prefix else key] = own, key
+    return slots
 
 
 class _Holder(nn.Module):

@@ -86,7 +86,7 @@ class Problem:
         """
         at = [z for call in self._looked for z in call.moving]
         reach = dot(at, at).clamp_min(1).sqrt() / dot(direction, direction).clamp_min(1e-30).sqrt()
-        step = 1e-3 * reach
+        step = _difference(at[0]) * reach
         nearby = self._execution.values(
             self._calls([z + rows(step, z) * d for z, d in zip(at, direction, strict=True)])
         )
@@ -108,6 +108,13 @@ class Problem:
             calls.append(Call(piece, list(latents[first : first + count]), held))
             first += count
         return calls
+
+
+def _difference(like: Tensor) -> float:
+    """Relative length of finite differences: well above rounding, also that of convolutions in TF32."""
+    if torch.is_autocast_enabled(like.device.type):
+        return 0.1
+    return 1e-5 if like.dtype == torch.float64 else 1e-2
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
