@@ -89,13 +89,13 @@ class Waves(Dataset[Tensor]):
 def test_the_loss_falls(as_dataset: bool) -> None:
     model = fresh()
     before = evaluate(model, waves())["loss"]
-    report = train(model, Waves(waves()) if as_dataset else waves(), steps=50, learning_rate=1e-2)
+    report = train(model, Waves(waves()) if as_dataset else waves(), steps=30, learning_rate=1e-2)
     losses = [r["loss"] for r in report.records]
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.2
     assert evaluate(model, waves())["loss"] < before - 0.2
     assert not model.training
     assert not report.interrupted
-    assert report.steps == 50
+    assert report.steps == 30
     assert report.seconds > 0
 
 
