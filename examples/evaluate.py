@@ -52,9 +52,7 @@ def methods(model: HVAE, vanilla: HVAE | None, steps: list[int]) -> Iterator[Met
         yield Method("hybrid", n, model, MAPRefiner(n))
         yield Method("iterative", n, model, MAPRefiner(n, step_size=PRIOR_STEP, init="prior"))
         yield Method("hybrid, paper's refiner", n, model, MAPRefiner.paper(n))
-        from_prior = MAPRefiner.paper(n)
-        from_prior.init = "prior"
-        yield Method("iterative, paper's refiner", n, model, from_prior)
+        yield Method("iterative, paper's refiner", n, model, MAPRefiner.paper(n, init="prior"))
     if vanilla is not None:
         yield Method("vanilla, sample", 0, vanilla, MAPRefiner(0, sample=True))
         yield Method("vanilla, mean", 0, vanilla, MAPRefiner(0))

@@ -259,13 +259,13 @@ class MAPRefiner(Refiner):
         self.rule = named("rule", rule, RULES, Rule)  # type: ignore[type-abstract]
 
     @classmethod
-    def paper(cls, steps: int = 25) -> "MAPRefiner":
+    def paper(cls, steps: int = 25, init: Init = "posterior") -> "MAPRefiner":
         """The paper's literal setting.
 
         Algorithm 1 with each latent's own prior, L1 on orthonormal bands in the data's units, gradient
-        descent with λ = 0.001, β = 1, started from a posterior sample.
+        descent with λ = 0.001, β = 1, started from a sample of the posterior (or of the prior).
         """
-        return cls(steps, 1e-3, 1.0, absolute_error, Latent(own_prior=True), "gd", "posterior", sample=True)
+        return cls(steps, 1e-3, 1.0, absolute_error, Latent(own_prior=True), "gd", init, sample=True)
 
     @override
     def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
