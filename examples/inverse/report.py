@@ -109,7 +109,7 @@ def draw(case: Case, x: Tensor, solved: Mapping[str, Tensor], mean: Tensor | Non
             else:
                 panel.imshow(image[0].numpy(), cmap="gray", vmin=-1, vmax=1)
             panel.set(xticks=[], yticks=[])
-            if line is axes[0]:
+            if (i, kind) == rows[0]:
                 panel.set_title(name, fontsize=7)
     figure.suptitle(case.name, fontsize=9)
     return figure
