@@ -2,9 +2,10 @@
 
     python examples/speed/inference.py                                          # a small model on a CPU
     python examples/speed/inference.py --width 128 --layers 5 --size 32 --device cuda \\
-        --executions eager cuda-graphs --batches 1 16 64 256                    # the paper's CIFAR-10 model
+        --executions eager cuda-graphs --batches 1 16 64 256                    # the size of the paper's CIFAR-10 model
+    python examples/speed/inference.py --model runs/best/model                  # a trained one
 
-Untrained models of RGB signals with Fourier bands. Every execution is warmed up (compiled, recorded)
+Without --model, untrained models of RGB signals with Fourier bands. Every execution is warmed up (compiled, recorded)
 before it is timed; what that took is reported too. Writes inference.json and inference.md.
 """
 
@@ -48,6 +49,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of save_pretrained, instead of the next four options")
     parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--layers", type=int, default=2, help="layers of each scale; scales are 1, 2, 4, … size")
     parser.add_argument("--width", type=int, default=32)
@@ -65,14 +67,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = HVAE(
-        FFT2Real(args.size), layers=args.layers, width=args.width, bottleneck=args.width // 2, blocks=args.blocks
-    ).to(args.device)
+    if args.model:
+        model = HVAE.from_pretrained(args.model)
+    else:
+        size, width = args.size, args.width
+        model = HVAE(FFT2Real(size), layers=args.layers, width=width, bottleneck=width // 2, blocks=args.blocks)
+    model.to(args.device)
+    decomp = model.decomp
+    dtype = torch.complex64 if decomp.is_complex else torch.float32
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
-    settings = {**{k: v for k, v in vars(args).items() if k != "out"}, "device": device, "torch": torch.__version__}
+    settings = {
+        **{k: v for k, v in vars(args).items() if k not in ("out", "model")},
+        "device": device,
+        "torch": torch.__version__,
+    }
     results: list[dict[str, Any]] = []
     for batch in args.batches:
-        x = torch.randn(batch, 3, args.size, args.size, device=args.device)
+        x = torch.randn(batch, decomp.channels, *decomp.size, dtype=dtype, device=args.device)
         for schedule in args.schedules:
             for execution in args.executions:
                 refiner = MAPRefiner(args.steps, schedule=schedule, execution=execution)
