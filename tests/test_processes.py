@@ -1,4 +1,4 @@
-"""Several processes: data-parallel gradients, a run that is killed, and what an import brings along."""
+"""Several processes: data-parallel gradients, and what an import brings along."""
 
 import os
 import socket
@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from tests.kill import killed_and_resumed
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {
@@ -59,10 +57,6 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
     assert any(bool(g.abs().max() > 1e-3) for g in one.values())
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, rtol=1e-9, atol=1e-12)
-
-
-def test_a_killed_run_ends_as_one_left_alone() -> None:
-    assert killed_and_resumed(2) == (2, True)
 
 
 def test_importing_brings_in_no_extra() -> None:
