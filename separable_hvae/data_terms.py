@@ -153,8 +153,8 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class BandMisfit(Misfit):
-    """Orthonormal bands against known ones, each on its own."""
+class _TargetMisfit(Misfit):
+    """Each subset's band against the target that is left for it."""
 
     decomp: Decomposition
     distance: Distance
@@ -162,6 +162,10 @@ class BandMisfit(Misfit):
     @override
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
         return self.distance(band, aim[0])
+
+
+class BandMisfit(_TargetMisfit):
+    """Orthonormal bands against known ones, each on its own."""
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
@@ -169,16 +173,8 @@ class BandMisfit(Misfit):
         return [(scale, self.distance(band, target)) for scale, band, target in parts]
 
 
-@dataclass(frozen=True)
-class SignalMisfit(Misfit):
+class SignalMisfit(_TargetMisfit):
     """Bands of any decomposition against a known signal."""
-
-    decomp: Decomposition
-    distance: Distance
-
-    @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        return self.distance(band, aim[0])
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:

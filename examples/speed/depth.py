@@ -22,6 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from timing import seconds
 from torch import Tensor
 
 from separable_hvae import HVAE, Decomposition, FFT2Real, Identity, MAPRefiner
@@ -38,17 +39,6 @@ METHODS: dict[str, tuple[type[Decomposition], dict[str, Any]]] = {
     "joint, Gauss–Newton": (FFT2Real, {"schedule": "joint", "rule": "gauss-newton"}),
 }
 SCALES = [32, 16, 8, 4, 2, 1, 24, 12, 6, 3]  # Taken in this order where depth is the number of scales.
-
-
-def seconds(refiner: MAPRefiner, model: HVAE, x: Tensor) -> float:
-    """Wall time of one refinement, the device's work included."""
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    refiner(model, x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def step_time(model: HVAE, options: dict[str, Any], x: Tensor, budget: float) -> dict[str, Any]:

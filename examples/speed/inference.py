@@ -12,24 +12,14 @@ before it is timed; what that took is reported too. Writes inference.json and in
 import argparse
 import json
 import statistics
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from timing import seconds
 
 from separable_hvae import HVAE, FFT2Real, MAPRefiner
-
-
-def seconds(refiner: MAPRefiner, model: HVAE, x: Tensor) -> float:
-    """Wall time of one refinement, the device's work included."""
-    begin = time.perf_counter()
-    refiner(model, x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def table(results: list[dict[str, Any]]) -> str:

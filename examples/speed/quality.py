@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from timing import seconds
 from torch import Tensor
 
 from separable_hvae import HVAE, Decomposition, FFT2Real, Identity, MAPRefiner, Result, Wavelet2, fit
@@ -81,12 +82,7 @@ def numbers(result: Result, x: Tensor) -> dict[str, Tensor]:
 
 def median_time(refiner: MAPRefiner, model: HVAE, x: Tensor, repetitions: int) -> float:
     """Median wall time of a call, after one to warm up."""
-    times = []
-    for _ in range(repetitions + 1):
-        begin = time.perf_counter()
-        refiner(model, x)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+    return statistics.median([seconds(refiner, model, x) for _ in range(repetitions + 1)][1:])
 
 
 def tuned(setting: Setting, options: dict[str, Any]) -> dict[str, Any]:

@@ -208,10 +208,9 @@ class Refiner(ABC):
     def _measure_rounding(self, run: Run, recorder: Recorder) -> None:
         """Record what the reduced precision does to the objective at the start."""
         if self.precision is not None:
-            call = Call(run.whole, run.start_latents, run.term.data)
             with self._lowered(run.model):
-                lowered = call.value().objective
-            exact = call.value().objective
+                lowered = Call(run.whole, run.start_latents, run.term.data).value().objective
+            exact = run.start_objective
             recorder.add_rounding((lowered - exact).abs() / (1 + exact.abs()))
 
 
@@ -321,11 +320,10 @@ def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
 
 def _no_worse(run: Run, dtype: torch.dtype, x: Tensor | None) -> Result:
     """Decode the latents that a run reached, and the start of each sample that got worse."""
-    objective = run.objective
-    before = objective.total(run.origin, run.term.data).objective
+    before = run.start_objective
     after, refused = before, torch.zeros_like(before, dtype=torch.bool)
     if run.passes is not run.origin:
-        after = objective.total(run.passes, run.term.data).objective
+        after = run.objective.total(run.passes, run.term.data).objective
         refused = ~(after <= before + _SLACK * (1 + before.abs()))
         if bool(refused.any()):
             starts = [z for step in run.origin for z in step.latents]

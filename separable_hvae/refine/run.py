@@ -84,6 +84,11 @@ class Run:
         return self._passes
 
     @cached_property
+    def start_objective(self) -> Tensor:
+        """The full MAP objective at the start, in nats: ``(B,)``."""
+        return self.objective.total(self.origin, self.term.data).objective
+
+    @cached_property
     def whole(self) -> Whole:
         """The full MAP objective."""
         return Whole(self.objective)
