@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from separable_hvae.decomposition import Decomposition, pack
 from separable_hvae.refine import Scale
 from tests.linear_gaussian import Affine, Array, ClosedForm, flat, linear_gaussian, stacked
 from tests.scripts import EXAMPLES, script
+from tests.test_data import write_cifar
 from tests.zoo import Make, Pyramid, inner, signal
 
 DECOMPOSITIONS: dict[str, Make] = {
@@ -172,10 +174,11 @@ def test_draws_are_asked_for_as_draws() -> None:
 
 sys.path.append(str(EXAMPLES / "inverse"))
 problems, baselines, report, solve = (script(name) for name in ("problems", "baselines", "report", "run"))
+setups = script("setups")
 
 
 def test_every_problem_has_a_linear_operator_of_norm_one_at_most() -> None:
-    for decomp, count in ((Wavelet2(8, "haar", 1), 5), (FFT2Complex(8), 8)):
+    for decomp, count in ((Wavelet2(8, "haar", 1), 6), (FFT2Complex(8), 9)):
         x = signal(decomp, 2, torch.float32)
         cases = problems.cases(x, decomp)
         assert len(cases) == count
@@ -185,6 +188,32 @@ def test_every_problem_has_a_linear_operator_of_norm_one_at_most() -> None:
             through = term.operator.predict(x, term.y, term.given)
             assert through.abs().square().sum() <= x.abs().square().sum() * 1.0001
             assert case.adjoint(x).shape == x.shape
+
+
+@pytest.mark.parametrize(("side", "known"), [(8, 4), (16, 8), (32, 8)])
+def test_known_bands_are_a_small_image(side: int, known: int) -> None:
+    decomp = Wavelet2(side, "haar", 3)
+    x = signal(decomp, 2, torch.float32)
+    (case,) = (c for c in problems.cases(x, decomp) if c.known is not None)
+    assert case.name == f"deblur, bands to {known} known"
+    assert sum(band[0].numel() for band in case.known.bands) == 3 * known**2
+    block = side // known
+    small = x.unflatten(-2, (known, block)).unflatten(-1, (known, block)).mean((-3, -1))
+    expected = small.repeat_interleave(block, -2).repeat_interleave(block, -1)
+    torch.testing.assert_close(case.measurement.y, expected)
+    with pytest.raises(ValueError, match=rf"coarse bands that can be known, got \({side},\) for {side} pixels"):
+        problems.cases(x, Identity(side, 3))
+
+
+@pytest.mark.parametrize("decomp", [Wavelet2(16, "haar", 3), FFT2Complex(16)], ids=["real", "complex"])
+def test_standardised_images_get_noise_of_deviation_one(decomp: Decomposition) -> None:
+    x = 3 * signal(decomp, 20, torch.float32) + 1
+    case = problems.cases(x, decomp)[-1]
+    assert case.name == "denoise, σ = 1 of standardised images"
+    parts, noise = pack(x).numpy(), pack(case.measurement.y - x).numpy()
+    assert case.measurement.noise.sigma == pytest.approx(np.std(parts), rel=1e-3)
+    assert np.std(noise) == pytest.approx(np.std(parts), rel=0.02)
+    assert np.std(noise, axis=(0, 2, 3)) == pytest.approx(np.std(parts), rel=0.05)
 
 
 def test_masks_keep_the_centre_and_the_share_asked_for() -> None:
@@ -259,25 +288,97 @@ def test_quality_of_images_that_are_known_to_be_wrong() -> None:
     assert min(turned["ssim"]["each"]) > 0.95  # in magnitudes it does not
 
 
-def test_the_example_writes_a_table_of_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = (0.5 * torch.randn(14, 1, 8, 8, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-    torch.save({"train": images[:6], "held": images[6:]}, tmp_path / "images.pt")
-    small(Wavelet2(8, "haar", 1)).save_pretrained(tmp_path / "separable")
-    small(Identity(8, 1)).save_pretrained(tmp_path / "vanilla")
+@pytest.mark.parametrize(("decomp", "rows"), [(Wavelet2(8, "haar", 1), 3), (Wavelet2(16, "haar", 3), 6)])
+def test_larger_pictures_have_k_space_below(decomp: Decomposition, rows: int) -> None:
+    x = signal(decomp, 3, torch.float32)
+    case = problems.cases(x, decomp)[0]
+    figure = report.draw(case, x, {report.CHOSEN: x, "not shown": x}, x, x.abs())
+    assert len(figure.axes) == 4 * rows
+    kspace = np.fft.fftshift(np.fft.fft2(x[0].numpy(), norm="ortho"), axes=(-2, -1))
+    np.testing.assert_allclose(report.spectrum(x[0]), np.log(np.abs(kspace)).mean(0), atol=1e-3)
+
+
+def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "sparse", partial(baselines.sparse, steps=3))
+    model = small(Wavelet2(8, "haar", 1))
+    x = signal(model.decomp, 5, torch.float32)
+    case = problems.cases(x, model.decomp)[1]
+    rows, found = solve.methods(model, None, 8, steps=1), dict[str, Tensor]()
+    for name in ("wavelet sparsity", "separable, joint", "separable, joint, corrected"):
+        found[name] = rows[name].solved(case, x, 0.1, found, 5)
+        torch.testing.assert_close(rows[name].solved(case, x, 0.1, found, 2), found[name], rtol=1e-4, atol=1e-4)
+    _, mean, deviation = solve.uncertainty(model, case, x[:3], steps=1, draws=2, batch=4)
+    assert mean.shape == deviation.shape == (3, 1, 8, 8)
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the example in small and returns its results."""
     monkeypatch.setattr(solve, "WEIGHTS", [0.1])
     monkeypatch.setattr(solve, "TEMPERATURES", [0.9])
     monkeypatch.setattr(solve, "sparse", partial(baselines.sparse, steps=3))
     monkeypatch.setattr(solve, "pnp_hvae", partial(baselines.pnp_hvae, steps=3))
-    out = tmp_path / "out"
-    options = {"--model": "separable", "--vanilla": "vanilla", "--images": "images.pt", "--out": "out"}
-    numbers = ["--steps", "1", "--draws", "2", "--uncertain", "4", "--problems", "deblur"]
-    arguments = [str(a) for name, value in options.items() for a in (name, tmp_path / value)]
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *numbers])
-    solve.main()
-    (found,) = json.loads((out / "results.json").read_text())["problems"].values()
+    out, numbers = tmp_path / "out", {"--steps": 1, "--draws": 2, "--uncertain": 4, "--batch": 5, "--count": 8}
+
+    def run(problem: str, **options: Path) -> Any:
+        given = {f"--{name}": path for name, path in options.items()} | numbers
+        arguments = [str(a) for pair in given.items() for a in pair]
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--out", str(out), "--problems", problem])
+        solve.main()
+        return json.loads((out / "results.json").read_text())
+
+    return run
+
+
+def test_the_example_writes_a_table_of_every_method(tmp_path: Path, call: Callable[..., Any]) -> None:
+    images = (0.5 * torch.randn(14, 1, 8, 8, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    torch.save({"train": images[:6], "held": images[6:]}, tmp_path / "images.pt")
+    small(Wavelet2(8, "haar", 1)).save_pretrained(tmp_path / "separable")
+    small(Identity(8, 1)).save_pretrained(tmp_path / "vanilla")
+    paths = {"model": tmp_path / "separable", "vanilla": tmp_path / "vanilla", "images": tmp_path / "images.pt"}
+    (found,) = call("deblur", **paths)["problems"].values()
     assert len(found["methods"]) == 13
     assert set(found["p"]) == set(report.AGAINST)
     assert found["known bands"]["separable, joint, corrected"] < 1e-6
-    table = (out / "results.md").read_text()
+    table = (tmp_path / "out" / "results.md").read_text()
     assert all(f"| {name} |" in table for name in found["methods"])
-    assert (out / "deblur-bands-to-4-known.png").exists()
+    assert (tmp_path / "out" / "deblur-bands-to-4-known.png").exists()
+    torch.save(images, tmp_path / "images.pt")
+    with pytest.raises(SystemExit, match="must hold a dictionary of 'train' and 'held', got Tensor"):
+        call("deblur", **paths)
+
+
+def run_folder(folder: Path, decomposition: str, size: int) -> Path:
+    """What train.py leaves, without training."""
+    torch.manual_seed(0)
+    sizes = {"layers": 1, "width": 6, "bottleneck": 4, "blocks": 0, "latent_channels": 4, "sigma": 0.2}
+    setup = setups.Setup("cifar10", {"size": size}, {"decomposition": decomposition, **sizes}, {})
+    setup.build().save_pretrained(folder / "model")
+    (folder / "setup.json").write_text(json.dumps(setup.plain()))
+    return folder
+
+
+def test_the_example_takes_what_train_left(tmp_path: Path, call: Callable[..., Any]) -> None:
+    paths = {
+        "model": run_folder(tmp_path / "best", "Wavelet2", 8),
+        "vanilla": run_folder(tmp_path / "vanilla", "Identity", 8),
+        "data": write_cifar(tmp_path / "cifar", n=20),
+    }
+    results = call("standardised", **paths)
+    assert (results["label"], results["images"]) == ("cifar10, 8×8", 8)
+    assert len(results["problems"]["denoise, σ = 1 of standardised images"]["methods"]) == 13
+    assert (tmp_path / "out" / "denoise-1-of-standardised-images.png").exists()
+    larger = run_folder(tmp_path / "larger", "Identity", 16)
+    with pytest.raises(SystemExit, match=r"larger was trained on other data than .*best"):
+        call("standardised", **paths | {"vanilla": larger})
+    with pytest.raises(SystemExit, match=r"setup.json is not what train.py leaves"):
+        call("standardised", **paths | {"model": tmp_path / "best" / "model"})
+
+
+@pytest.mark.parametrize("options", [{"model": "a"}, {"images": "a"}, {"model": "a", "data": "b", "images": "c"}])
+def test_the_example_wants_models_with_their_images(
+    options: dict[str, Path], call: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        call("deblur", **options)
+    assert "--data" in capsys.readouterr().err

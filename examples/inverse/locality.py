@@ -39,7 +39,7 @@ def main() -> None:
         fourier = FFT2Complex(16) if is_complex else FFT2Real(16, 1)
         decomps = [fourier, *(Wavelet2(16, w, 1, is_complex=is_complex) for w in ("haar", "db2"))]
         x = torch.zeros(1, 1, 16, 16, dtype=torch.complex64 if is_complex else torch.float32)
-        for case in cases(x, decomps[1])[5 if is_complex else 0 :]:
+        for case in cases(x, decomps[1])[5 if is_complex else 0 : -1]:  # The last is the first, with more noise.
             print(f"{case.name:28}" + "".join(f"{coupling(d, case):18.3f}" for d in decomps))
 
 

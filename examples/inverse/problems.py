@@ -1,6 +1,6 @@
 r"""Inverse problems on images: what is measured, and a data term that says so.
 
-    denoise         y = x + n
+    denoise         y = x + n, of a given deviation or of the images' own
     known bands     the bands up to half the size (up to scale 8 of larger images), exact
     blur            circular Gaussian blur
     super-resolve   averages over blocks: of 2×2 pixels, of 4×4 from 32 pixels on
@@ -8,17 +8,18 @@ r"""Inverse problems on images: what is measured, and a data term that says so.
     k-space         Cartesian columns, the central ones and random others, as fastMRI masks them, of one coil
                     or four
 
-Noise is Gaussian, its level known. The last are for complex images only.
+Noise is Gaussian, its level known. K-space is for complex images only.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from separable_hvae import HVAE, DataTerm, Decomposition, KnownBands, Measurement
+from separable_hvae.decomposition import pack
 from separable_hvae.measurement import Fill
 
 Operator = Callable[..., Tensor]
@@ -44,6 +45,11 @@ class Case:
         """What a refiner is to use."""
         return self.known if self.known is not None and len(model.subsets) > 1 else self.measurement
 
+    def rows(self, rows: slice) -> "Case":
+        """The same of some images."""
+        known = None if self.known is None else self.known.rows(rows)
+        return replace(self, measurement=self.measurement.rows(rows), known=known)
+
     def adjoint(self, like: Tensor) -> Tensor:
         """``A* y``, what zero-filling gives where ``A A*`` is a projection."""
         m = self.measurement
@@ -57,6 +63,9 @@ def cases(x: Tensor, decomp: Decomposition, seed: int = 0) -> list[Case]:
         x: Images ``(B, C, H, W)``, with values around one.
         decomp: The bands that "known bands" knows.
         seed: Of noise and masks.
+
+    Raises:
+        ValueError: If the decomposition has no coarse bands.
     """
     random = torch.Generator().manual_seed(seed)
     side = x.shape[-1]
@@ -68,7 +77,10 @@ def cases(x: Tensor, decomp: Decomposition, seed: int = 0) -> list[Case]:
         fill: Fill = "mean" if name.startswith("k-space") else "bands"
         return Case(name, Measurement(y, operator, sigma, given=given, fill=fill))
 
-    until = max(s for s in decomp.band_scales if s <= (side // 2 if side < 32 else 8))
+    coarse = [s for s in decomp.band_scales if s <= (side // 2 if side < 32 else 8)]
+    if not coarse:
+        raise ValueError(f"decomp must have coarse bands that can be known, got {decomp.band_scales} for {side} pixels")
+    until = coarse[-1]
     count = decomp.band_index(until) + 1
 
     def lowpass(x: Tensor) -> Tensor:
@@ -95,6 +107,7 @@ def cases(x: Tensor, decomp: Decomposition, seed: int = 0) -> list[Case]:
         columns = cartesian_mask(len(x), side, 8, random).to(x.real.dtype)
         coils = sensitivities(side).to(x.dtype).expand(len(x), -1, -1, -1)
         found.append(measured("k-space 8×, 4 coils", 0.05, multicoil, columns, coils, seen=columns))
+    found.append(measured("denoise, σ = 1 of standardised images", float(pack(x).std()), lambda x: x))
     return found
 
 

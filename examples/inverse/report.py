@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from problems import Case, to_kspace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from separable_hvae import Decomposition
 
+Picture = npt.NDArray[np.floating[Any]]
 CHOSEN = "separable, joint"
 AGAINST = ["total variation", "wavelet sparsity", "vanilla, joint", "vanilla, PnP-HVAE", "separable, amortized"]
 DIGITS = {"psnr": 2, "ssim": 3, "nmse": 4}
@@ -86,30 +88,44 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def draw(case: Case, x: Tensor, solved: Mapping[str, Tensor], mean: Tensor | None, deviation: Tensor | None) -> Figure:
-    """Three images: original, some methods, and the uncertainty; complex ones with log-magnitude k-space too."""
+    """Three images: original, some methods, and the uncertainty; log-magnitude k-space below each.
+
+    Real images of fewer than 16 pixels on a side, whose k-space shows little, go without.
+    """
     names = ["adjoint (zero-filled)", "total variation", "vanilla, joint", "separable, amortized", CHOSEN]
     columns = {"original": x} | {name: solved[name] for name in names if name in solved}
     if mean is not None and deviation is not None:
         columns |= {"mean of draws": mean, "σ of draws": deviation}
-    rows = [(i, kind) for i in range(3) for kind in (["image", "k-space"] if x.is_complex() else ["image"])]
+    kinds = ["image", "k-space"] if x.is_complex() or x.shape[-1] >= 16 else ["image"]
+    rows = [(i, kind) for i in range(3) for kind in kinds]
     figure = Figure(figsize=(1.5 * len(columns), 1.6 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for (i, kind), line in zip(rows, axes, strict=True):
-        top = float(x[i].abs().max())
-        spectrum = to_kspace(x[i]).abs().clamp_min(1e-3).log()
+        low, high = (0.0, float(x[i].abs().max())) if x.is_complex() else (-1.0, 1.0)
+        original = spectrum(x[i])
         for (name, images), panel in zip(columns.items(), line, strict=True):
             image = images[i].detach()
-            if name.startswith("σ"):
-                panel.imshow(image[0].abs().numpy(), cmap="magma", vmin=0)
+            if kind == "k-space" and name.startswith("σ"):
+                panel.set_axis_off()
             elif kind == "k-space":
-                shown = to_kspace(image).abs().clamp_min(1e-3).log()[0]
-                panel.imshow(shown.numpy(), cmap="magma", vmin=float(spectrum.min()), vmax=float(spectrum.max()))
-            elif x.is_complex():
-                panel.imshow(image[0].abs().numpy(), cmap="gray", vmin=0, vmax=top)
+                panel.imshow(spectrum(image), cmap="magma", vmin=float(original.min()), vmax=float(original.max()))
+            elif name.startswith("σ"):
+                panel.imshow(image.square().mean(0).sqrt().numpy(), cmap="magma", vmin=0)
             else:
-                panel.imshow(image[0].numpy(), cmap="gray", vmin=-1, vmax=1)
+                panel.imshow(pixels(image, low, high), cmap="gray", vmin=0, vmax=1)
             panel.set(xticks=[], yticks=[])
             if (i, kind) == rows[0]:
                 panel.set_title(name, fontsize=7)
     figure.suptitle(case.name, fontsize=9)
     return figure
+
+
+def pixels(image: Tensor, low: float, high: float) -> Picture:
+    """An image ``(C, H, W)``, complex ones as magnitudes, as a picture in [0, 1]: ``(H, W, 3)``, or ``(H, W)``."""
+    x = (((image.abs() if image.is_complex() else image) - low) / (high - low)).clamp(0, 1)
+    return np.asarray(x.movedim(0, -1) if len(x) == 3 else x.mean(0))
+
+
+def spectrum(image: Tensor) -> Picture:
+    """Log-magnitude k-space of an image ``(C, H, W)``, the mean of its channels: ``(H, W)``."""
+    return np.asarray(to_kspace(image).abs().clamp_min(1e-3).log().mean(0))

@@ -2,20 +2,22 @@
 
     python examples/inverse/run.py                                    # trains on digits first, 8×8
     python examples/inverse/run.py --fastmri FOLDER --out inverse-mri # complex images, 32×32, from fastMRI's volumes
-    python examples/inverse/run.py --model runs/best/model --vanilla runs/vanilla/model --images images.pt
+    python examples/inverse/run.py --model runs/best --vanilla runs/vanilla --data cifar-10-binary.tar.gz
+    python examples/inverse/run.py --model folder --images images.pt  # of save_pretrained, and images of your own
 
-`images.pt` is a torch file with a dictionary of two tensors (N, C, H, W): "train" (16 of them choose the baselines'
-weights) and "held". What was trained is kept in --out and used again. Writes results.json, results.md and a picture
-of each problem. `--problems` takes parts of problems' names, so that a slow machine can do one after the other.
+`runs/best` and `runs/vanilla` are what examples/train.py left; "deblur, bands to 8 known" and "denoise, σ = 1 …"
+are the problems of the paper's Fig. 4. `images.pt` is a torch file with a dictionary of two tensors (N, C, H, W):
+"train" (16 of them choose the baselines' weights) and "held". What this script trains is kept in --out and used
+again. Writes results.json, results.md and a picture of each problem. `--problems` takes parts of problems' names, so
+that a slow machine can do one after the other.
 """
 
 import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ import torch
 from baselines import Sparsity, TotalVariation, WaveletSparsity, pnp_hvae, sparse
 from problems import Case, cases
 from report import draw, known_error, markdown, quality, significance
+from subjects import of_digits, of_files, of_runs, of_volumes
 from torch import Tensor
 
-from separable_hvae import HVAE, Identity, MAPRefiner, Wavelet2, fit, posterior_draws
+from separable_hvae import HVAE, MAPRefiner, posterior_draws
 from separable_hvae.refine import Scale
 
 WEIGHTS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4]
@@ -51,54 +54,17 @@ class Method:
         errors = [float((self.solve(case, clean, w, {}) - clean).abs().square().mean()) for w in self.weights]
         return self.weights[errors.index(min(errors))]
 
-
-def digits() -> dict[str, Tensor]:
-    """Scikit-learn's handwritten digits, ``(N, 1, 8, 8)`` in [-1, 1]."""
-    from sklearn.datasets import load_digits
-
-    x = torch.tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1
-    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    return {"train": x[300:], "held": x[:300]}
+    def solved(self, case: Case, like: Tensor, weight: float, found: dict[str, Tensor], batch: int) -> Tensor:
+        """The images of a problem, ``batch`` of them at a time."""
+        parts = slices(len(like), batch)
+        earlier = [{name: x[p] for name, x in found.items()} for p in parts]
+        solved = [self.solve(case.rows(p), like[p], weight, e) for p, e in zip(parts, earlier, strict=True)]
+        return torch.cat(solved)
 
 
-def volumes(folder: Path, side: int = 32) -> dict[str, Tensor]:
-    """Slices of fastMRI's volumes, complex ``(N, 1, side, side)``, their parts' mean square one."""
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from mri import fastmri
-
-    return {"train": fastmri(folder, train=True, size=side), "held": fastmri(folder, train=False, size=side)}
-
-
-def vary(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of complex images and turn the phase of each."""
-    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
-    angle = 2 * torch.pi * torch.rand(len(x), 1, 1, 1, generator=generator)
-    return x * torch.polar(torch.ones_like(angle), angle)
-
-
-def trained(images: Tensor, folder: Path, seconds: float) -> tuple[HVAE, HVAE]:
-    """The separable and the vanilla model of one size, trained alike for some seconds of CPU time."""
-    models: list[HVAE] = []
-    side, is_complex = images.shape[-1], images.is_complex()
-    scales = [1, 2, 4, 8] if side == 8 else [2, 4, 8, 16, 32]
-    size = {"layers": 2, "latent_channels": 2, "sigma": 0.15} if is_complex else {"layers": 3, "sigma": 0.1}
-    haar = Wavelet2(side, "haar", images.shape[1], scales, is_complex=is_complex)
-    for name, decomp in {"separable": haar, "vanilla": Identity(side, images.shape[1], scales, is_complex)}.items():
-        if not (folder / name).exists():
-            torch.manual_seed(0)
-            model = HVAE(decomp, width=32, bottleneck=16, blocks=1, **size)  # type: ignore[arg-type]
-            fit(
-                model.to(memory_format=torch.channels_last),
-                images,
-                time_budget=seconds,
-                clock=time.process_time,
-                batch_size=16 if is_complex else 32,
-                learning_rate=4e-3 if is_complex else 8e-3,
-                augment=vary if is_complex else None,
-            )
-            model.save_pretrained(folder / name)
-        models.append(HVAE.from_pretrained(folder / name))
-    return models[0], models[1]
+def slices(count: int, size: int) -> list[slice]:
+    """The numbers below ``count``, ``size`` of them at a time."""
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def methods(model: HVAE, vanilla: HVAE | None, side: int, steps: int) -> dict[str, Method]:
@@ -137,10 +103,13 @@ def methods(model: HVAE, vanilla: HVAE | None, side: int, steps: int) -> dict[st
     }
 
 
-def uncertainty(model: HVAE, case: Case, x: Tensor, steps: int, draws: int) -> tuple[dict[str, float], Tensor, Tensor]:
+def uncertainty(
+    model: HVAE, case: Case, x: Tensor, steps: int, draws: int, batch: int
+) -> tuple[dict[str, float], Tensor, Tensor]:
     """Calibration of refined posterior draws, their mean and their standard deviation."""
     refiner = MAPRefiner(steps, guidance=case.guidance, schedule="joint", rule="gauss-newton", sample=True)
-    found = posterior_draws(model, case.term(model), refiner, draws, torch.Generator().manual_seed(0))
+    generator, parts = torch.Generator().manual_seed(0), slices(len(x), max(1, batch // draws))
+    found = torch.cat([posterior_draws(model, case.rows(p).term(model), refiner, draws, generator) for p in parts], 1)
     mean = found.mean(0)
     drawn, wrong = (torch.view_as_real(t) if t.is_complex() else t for t in (found, x - mean))
     # The mean of n draws scatters too: the truth lies around it with a deviation wider by √(1 + 1/n).
@@ -154,11 +123,13 @@ def uncertainty(model: HVAE, case: Case, x: Tensor, steps: int, draws: int) -> t
 def main() -> None:
     """Train or load, run every method on every problem, write tables and pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder that save_pretrained wrote (default: train one)")
-    parser.add_argument("--vanilla", type=Path, help="folder of an Identity model of the same size")
-    parser.add_argument("--images", type=Path, help="torch file with images for --model")
-    parser.add_argument("--fastmri", type=Path, help="folder of fastMRI volumes to train and measure on")
-    parser.add_argument("--label", default="images", help="what to call the images")
+    parser.add_argument("--model", type=Path, help="run of train.py, or folder of save_pretrained (default: train one)")
+    parser.add_argument("--vanilla", type=Path, help="the same of an Identity model of the same size")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, help="where --model is a run: CIFAR-10's archive, or fastMRI's folder")
+    source.add_argument("--images", type=Path, help="where --model is of save_pretrained: torch file with images")
+    source.add_argument("--fastmri", type=Path, help="folder of fastMRI volumes to train and measure on")
+    parser.add_argument("--label", help="what to call the images (default: by where they come from)")
     parser.add_argument("--count", type=int, default=200, help="held-out images (default: %(default)s)")
     parser.add_argument(
         "--steps", type=int, default=20, help="Gauss–Newton steps; Adam takes twice as many (default: %(default)s)"
@@ -166,26 +137,32 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100, help="CPU time of each training (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=8, help="posterior draws (default: %(default)s)")
     parser.add_argument("--uncertain", type=int, default=40, help="images whose uncertainty is measured")
+    parser.add_argument("--batch", type=int, default=400, help="images, or draws, at a time (default: %(default)s)")
     parser.add_argument("--problems", nargs="*", default=[""], help="parts of the names of problems to run")
     parser.add_argument("--out", type=Path, default=Path("inverse"), help="folder of the results")
     args = parser.parse_args()
+    if bool(args.model) != bool(args.data or args.images):
+        parser.error("--model goes with --data or --images, and they with it")
+    if args.vanilla and not args.model:
+        parser.error("--vanilla goes with --model")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    if bool(args.model) != bool(args.images):
-        parser.error("--model and --images belong together")
-    images: dict[str, Tensor] = torch.load(args.images, weights_only=True) if args.images else {}
-    vanilla = HVAE.from_pretrained(args.vanilla) if args.vanilla else None
-    if args.model:
-        model = HVAE.from_pretrained(args.model)
-    else:
-        images = volumes(args.fastmri) if args.fastmri else digits()
-        model, vanilla = trained(images["train"], args.out, args.seconds)
-    x, clean = images["held"][: args.count], images["train"][:16]
-
-    rows = methods(model, vanilla, x.shape[-1], args.steps)
+    try:
+        if args.data:
+            subject = of_runs(args.model, args.vanilla, args.data)
+        elif args.images:
+            subject = of_files(args.model, args.vanilla, args.images)
+        elif args.fastmri:
+            subject = of_volumes(args.fastmri, args.out, args.seconds)
+        else:
+            subject = of_digits(args.out, args.seconds)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+    model, x, clean = subject.model, subject.held[: args.count], subject.train[:16]
+    rows = methods(model, subject.vanilla, x.shape[-1], args.steps)
     path = args.out / "results.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"problems": {}}
-    report |= {"label": args.label, "images": len(x), "steps": args.steps, "draws": args.draws}
+    report |= {"label": args.label or subject.label, "images": len(x), "steps": args.steps, "draws": args.draws}
     for case, tuning in zip(cases(x, model.decomp), cases(clean, model.decomp, seed=1), strict=True):
         if not any(part in case.name for part in args.problems):
             continue
@@ -195,14 +172,13 @@ def main() -> None:
         for name, method in rows.items():
             weight = method.tune(tuning, clean)
             begin = time.perf_counter()
-            solved[name] = method.solve(case, x, weight, solved)
+            solved[name] = method.solved(case, x, weight, solved, args.batch)
             seconds = time.perf_counter() - begin
             table[name] = quality(solved[name], x) | {"ms": 1e3 * seconds / len(x), "weight": weight}
             shown = ", ".join(f"{k} {table[name][k]['mean']:.4g}" for k in ("psnr", "ssim", "nmse"))
             print(f"  {name:28} {shown}, {table[name]['ms']:.1f} ms/image", flush=True)
-        measurement, known = (t and t.rows(slice(args.uncertain)) for t in (case.measurement, case.known))
-        few = replace(case, measurement=measurement, known=known)
-        calibration, mean, deviation = uncertainty(model, few, x[: args.uncertain], args.steps, args.draws)
+        few = x[: args.uncertain]
+        calibration, mean, deviation = uncertainty(model, case, few, args.steps, args.draws, args.batch)
         print(f"  {calibration}", flush=True)
         measure = "nmse" if x.is_complex() else "psnr"
         found = {"methods": table, "measure": measure, "p": significance(table, measure), "calibration": calibration}
