@@ -40,7 +40,7 @@ def deepinv() -> Any:
     return module
 
 
-@pytest.mark.parametrize("kind", ["inpainting", "blur", "downsampling"])
+@pytest.mark.parametrize("kind", ["inpainting", "blur", "downsampling", "no adjoint"])
 def test_a_real_physics_is_taken_as_it_is(deepinv: Any, kind: str) -> None:
     model = small(Wavelet2(8, "haar", 1))
     x = signal(model.decomp, 2, torch.float32)
@@ -48,7 +48,9 @@ def test_a_real_physics_is_taken_as_it_is(deepinv: Any, kind: str) -> None:
         "inpainting": lambda: deepinv.physics.Inpainting((1, 8, 8), mask=0.5),
         "blur": lambda: deepinv.physics.Blur(torch.full((1, 1, 3, 3), 1 / 9), padding="circular"),
         "downsampling": lambda: deepinv.physics.Downsampling((1, 8, 8), factor=2, filter="gaussian"),
+        "no adjoint": lambda: deepinv.physics.Physics(A=lambda x, **_: x[..., :4]),
     }[kind]()
+    assert hasattr(physics, "A_adjoint") == (kind != "no adjoint")
     physics.noise_model = deepinv.physics.GaussianNoise(0.1)
     y = physics(x)
     term = Measurement(y, physics)
