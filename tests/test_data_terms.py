@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -482,6 +483,9 @@ def test_a_physics_is_an_operator() -> None:
     physics = Halves(noise_model("GaussianNoise", sigma=0.1))
     term, plain = Measurement(physics.A(x), physics), Measurement(physics.A(x), physics.A, 0.1)
     torch.testing.assert_close(term.guess(model), plain.guess(model))
+    alone = Measurement(physics.A(x), SimpleNamespace(A=physics.A), 0.1)
+    assert (term.operator.adjoint, alone.operator.adjoint) == (physics.A_adjoint, None)
+    torch.testing.assert_close(alone.guess(model), plain.guess(model))
 
 
 @pytest.mark.parametrize(
