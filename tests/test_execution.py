@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from separable_hvae import HVAE, FFT1Real, Identity, MAPRefiner, Result
 from separable_hvae.refine import Compiled, CudaGraphs, Eager
 from tests.test_hvae import tiny
+from tests.test_inverse import terms
 from tests.test_refine import assert_equal, few
 from tests.zoo import signal
 
@@ -61,6 +62,29 @@ def test_compiled_pieces_give_the_same_and_follow_the_weights() -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "rule"),
+    [
+        ("known bands", "scale", "gauss-newton"),
+        ("gaussian", "joint", "gauss-newton"),
+        ("k-space", "parallel", "adam"),
+    ],
+)
+def test_traced_data_terms_give_the_same_and_serve_later_batches(
+    name: str, schedule: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What was traced runs as it is: the compiler itself takes tens of seconds.
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, _: graph)
+    model, term = terms()[name]
+    execution = Compiled()
+    traced = MAPRefiner(2, 0.05, schedule=schedule, rule=rule, execution=execution)
+    plain = MAPRefiner(2, 0.05, schedule=schedule, rule=rule)
+    assert_same(traced(model, term), plain(model, term), 1e-5)
+    count, turned = len(execution._compiled), term.rows(torch.tensor([2, 0, 1]))
+    assert_same(traced(model, turned), plain(model, turned), 1e-5)
+    assert len(execution._compiled) == count > 0
 
 
 def test_what_looks_at_values_cannot_be_compiled() -> None:
