@@ -3,13 +3,14 @@ r"""Heads: from the context at the end of a subset to the band that its scale em
     h_s = m_s + u_s · head_s(ĥ),
 
 where m_s and u_s are the mean and the deviation of band s over the training data (the subset applies
-them), so that every head predicts numbers of order one.
+them), so that every head predicts numbers of order one. Residual blocks, then one convolution: what the
+latents add to the context reaches the band along a linear path, however deep the blocks are. A swish
+before that convolution doubled the squared error at equal steps.
 """
 
 import math
 from abc import ABC, abstractmethod
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -65,14 +66,11 @@ class GridHead(ScaleHead):
         super().__init__(decomp, scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
         channels, *points = decomp.picture_shape(scale)
         self.points = tuple(points)
-        self.narrow = conv(width, bottleneck, self.grid, pointwise=True)
-        self.mix = conv(bottleneck, bottleneck, self.points)
-        self.emit = conv(bottleneck, channels, self.points, gain=EMIT_GAIN)
+        self.emit = conv(width, channels, self.points, gain=EMIT_GAIN)
 
     @override
     def forward(self, context: Tensor) -> Tensor:
-        y = resample(self.narrow(F.silu(self.blocks(context))), self.points)
-        picture = self.emit(F.silu(self.mix(F.silu(y))))
+        picture = self.emit(resample(self.blocks(context), self.points))
         with full_precision(picture.device):
             return self.decomp.from_grid(self.scale, picture.float() if picture.itemsize < 4 else picture)
 
@@ -98,7 +96,7 @@ class CoefficientHead(ScaleHead):
 
     @override
     def forward(self, context: Tensor) -> Tensor:
-        y = F.silu(self.blocks(context))
+        y = self.blocks(context)
         if self.on_grid:
             return self.emit(resample(y, self.shape[1:]))  # type: ignore[no-any-return]
         flat = self.emit(y).reshape(len(y), self.rows, self.columns * math.prod(self.grid))
