@@ -1,14 +1,14 @@
 """Batch k of a training run, as a function of the seed and k alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from separable_hvae.decomposition import check_finite
+from separable_hvae.decomposition import Decomposition, check_finite
 from separable_hvae.hvae import HVAE
 
 
@@ -26,6 +26,10 @@ class Batches:
 
     Attributes:
         fingerprint: Number and checksum of the signals; of a dataset's, the checksum of the first 64.
+
+    Raises:
+        TypeError: If the data are neither a tensor nor a map-style dataset, or their dtype does not fit.
+        ValueError: If there are too few signals, or they do not fit the model or are not finite.
     """
 
     def __init__(
@@ -40,12 +44,21 @@ class Batches:
     ) -> None:
         self.data, self.batch, self.seed, self.workers = data, batch_size, seed, workers
         self.rank, self.world, self.decomp = rank, world, model.decomp
-        self.count = len(data)  # type: ignore[arg-type]
-        if not self.count:
-            raise ValueError("data must hold at least one signal")
         if isinstance(data, Tensor):
             self.data = model.decomp.check_signal(data, "data").to(model.start.device)
             check_finite("data", self.data)
+        elif isinstance(data, (IterableDataset, Mapping)) or not _is_indexed(data):
+            raise TypeError(
+                f"data must be a tensor (N, C, *size) or a map-style dataset of tensors, got {type(data).__name__}"
+            )
+        self.count = len(cast(Sequence[Tensor], data))
+        if not self.count:
+            raise ValueError("data must hold at least one signal")
+        if self.count <= batch_size * (world - 1):
+            raise ValueError(
+                f"data must hold more than {batch_size * (world - 1)} signals, so that each of {world} processes "
+                f"has some in its batches of {batch_size}, got {self.count}"
+            )
         known = self.data if isinstance(self.data, Tensor) else self.some(64)
         self.fingerprint = {"count": self.count, "checksum": checksum(known)}
 
@@ -53,11 +66,7 @@ class Batches:
         """The first signals, at most ``n``."""
         if isinstance(self.data, Tensor):
             return self.data[:n]
-        items = [self.data[i] for i in range(min(n, self.count))]
-        for item in items:
-            if not isinstance(item, Tensor):
-                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {type(item).__name__}")
-        return self.decomp.check_signal(torch.stack(items), "data")
+        return _Join(self.decomp)([self.data[i] for i in range(min(n, self.count))])
 
     def _indices(self, first: int) -> Iterator[Tensor]:
         stride = self.batch * self.world
@@ -81,6 +90,7 @@ class Batches:
             yield from DataLoader(
                 self.data,
                 batch_sampler=cast(Any, _Forward(self._indices(step))),
+                collate_fn=_Join(self.decomp),
                 num_workers=self.workers,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator().manual_seed(mix(self.seed, step, 2 << 20)),
@@ -93,6 +103,30 @@ class _Forward:
 
     def __iter__(self) -> Iterator[list[int]]:
         return (index.tolist() for index in self.indices)
+
+
+@dataclass
+class _Join:
+    """Make a batch of a dataset's items, in the process that loaded them."""
+
+    decomp: Decomposition
+
+    def __call__(self, items: Sequence[Tensor]) -> Tensor:
+        shape = (self.decomp.channels, *self.decomp.size)
+        for item in items:
+            if not isinstance(item, Tensor):
+                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {type(item).__name__}")
+            if tuple(item.shape) != shape:
+                raise ValueError(f"data must hold signals of shape {shape}, got an item of shape {tuple(item.shape)}")
+            if item.dtype != items[0].dtype:
+                raise TypeError(f"data must hold signals of one dtype, got {items[0].dtype} and {item.dtype}")
+        joined = self.decomp.check_signal(default_collate(list(items)), "data")
+        check_finite("data", joined)
+        return joined
+
+
+def _is_indexed(data: object) -> bool:
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__")
 
 
 def mix(*numbers: int) -> int:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from separable_hvae.decomposition import pack
+from separable_hvae.checks import check_instance, check_integer, check_seed
+from separable_hvae.decomposition import check_finite, pack
 from separable_hvae.hvae import HVAE
 
 _ACTIVE_NATS = 0.01
@@ -27,10 +28,23 @@ def evaluate(model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0)
         sample and ``mse_mean`` of the posterior mean, in the data's units; ``kl`` per layer in nats;
         ``active_units``, the number of latents whose mean KL exceeds 0.01 nats, and ``units``; ``residual``,
         the root mean square error of each band of the posterior sample, in the data's units.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the data's dtype does not fit the model.
+        ValueError: If the data do not fit the model, are none or not finite, or a number is out of range.
     """
+    check_instance("model", model, HVAE)
+    check_integer("batch_size", batch_size, 1)
+    check_seed("seed", seed)
+    check_finite("data", model.decomp.check_signal(data, "data"))
     was_training = model.training
-    model.eval()
-    generator = torch.Generator(model.start.device).manual_seed(seed)
+    try:
+        return _measure(model.eval(), data, batch_size, torch.Generator(model.start.device).manual_seed(seed))
+    finally:
+        model.train(was_training)
+
+
+def _measure(model: HVAE, data: Tensor, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
     loss, mse, mse_mean, layers = 0.0, 0.0, 0.0, torch.zeros(model.depth, dtype=torch.float64)
     residuals = torch.zeros(len(model.subsets), dtype=torch.float64)
     units: list[Tensor] = []
@@ -50,7 +64,6 @@ def evaluate(model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0)
         pairs = [(q, p) for step in passes for q, p in zip(step.posteriors, step.priors, strict=True) if q is not None]
         batch_units = [q.kl_elements(p).sum(0).flatten() for q, p in pairs]
         units = [u + b for u, b in zip(units, batch_units, strict=True)] if units else batch_units
-    model.train(was_training)
     n, numel = len(data), model.decomp.numel
     log_sigma = float(model.sigma.log())
     constants = log_sigma + 0.5 * math.log(2 * math.pi)

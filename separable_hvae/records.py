@@ -13,16 +13,16 @@ class Records:
 
     Args:
         path: The file; it and its folder are made if they are missing.
-        step: The step that the run goes on from. A run from step 0 appends to whatever is there.
+        step: The step that the run goes on from; ``None`` for a new run, which appends to whatever is there.
 
     Raises:
         ValueError: If the file of a run that goes on holds anything but records.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int | None) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if step and path.exists():
+        if step is not None and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and self._step(line) <= step]
             if kept != lines:

@@ -6,6 +6,7 @@ to save. Schedules are functions of progress, the share of the steps or of the t
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,16 @@ from torch.utils.data import Dataset
 
 from separable_hvae.batches import Batches, mix
 from separable_hvae.checkpoint import TrainingState
-from separable_hvae.decomposition import check_finite
+from separable_hvae.checks import (
+    Allowed,
+    check_callable,
+    check_flag,
+    check_instance,
+    check_integer,
+    check_number,
+    check_seed,
+)
+from separable_hvae.decomposition import check_finite, plain
 from separable_hvae.evaluation import band_residuals, evaluate
 from separable_hvae.hvae import HVAE
 from separable_hvae.interruption import Interruption
@@ -30,6 +40,28 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of the checkpoint in its folder."""
+
+_NUMBERS: dict[str, Allowed] = {
+    "time_budget": "positive and finite",
+    "learning_rate": "positive and finite",
+    "weight_decay": "at least 0 and finite",
+    "warmup": "in [0, 1)",
+    "kl_warmup": "in [0, 1)",
+    "ema": "in [0, 1)",
+    "clip": "positive",
+    "skip": "positive",
+    "checkpoint_every": "at least 0 and finite",
+}
+_INTEGERS = {"steps": 1, "batch_size": 1, "every": 1, "workers": 0}
+"""The least of each."""
+_CALLABLES = {
+    "augment": "(batch, generator) -> batch",
+    "callback": "(record, model) -> None",
+    "clock": "() -> seconds",
+}
+_MAY_BE_NONE = {"steps", "time_budget", "augment", "callback"}
+_AUGMENTED = "the batch that augment returns"
+_OWN_SETTINGS = {"seed", "batch_size", "processes", "count", "checksum"}
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -54,6 +86,8 @@ class FitReport:
     interrupted: bool = False
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: HVAE,
     data: "Tensor | Dataset[Tensor]",
@@ -71,9 +105,9 @@ def fit(
     heldout: Tensor | None = None,
     every: int = 100,
     augment: Augment | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
-    log: str | Path | None = None,
+    log: str | os.PathLike[str] | None = None,
     callback: Callable[[dict[str, Any], HVAE], None] | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -83,6 +117,8 @@ def fit(
     clock: Callable[[], float] = time.perf_counter,
 ) -> FitReport:
     """Train a model; afterwards it holds the averaged (EMA) weights.
+
+    Works under ``no_grad`` and ``inference_mode`` too.
 
     Args:
         model: The model, changed in place and moved to the accelerator's device.
@@ -95,14 +131,14 @@ def fit(
         warmup: Share of the run in which the learning rate rises; it then falls along a cosine to zero.
         kl_warmup: Share of the run in which the weight of the KL rises from zero to one.
         ema: Decay of the weights' moving average, reached gradually; 0 keeps the plain weights.
-        clip: Gradients are clipped at this multiple of their typical norm.
+        clip: Gradients are clipped at this multiple of their typical norm; ``math.inf`` clips none.
         skip: A step is skipped where the norm exceeds this multiple of the typical one or is not finite,
             never more than three in a row; armed after 100 steps.
         heldout: Signals to evaluate on, with the averaged weights.
         every: Steps between log records and held-out evaluations (a tenth as often).
         augment: Maps a batch and a generator to a batch, on the device.
-        checkpoint: Folder for the checkpoint. If it holds one, the run resumes from it; several machines
-            need a folder that all of them see.
+        checkpoint: Folder for the checkpoint, written before the first step, now and then, and at the end.
+            If it holds one, the run resumes from it; several machines need a folder that all of them see.
         checkpoint_every: Seconds between checkpoints.
         log: File that gets each record as a line of JSON.
         callback: Called with each record and the averaged model, on the main process.
@@ -119,27 +155,27 @@ def fit(
 
     Raises:
         ImportError: If the extra ``train`` is not installed.
-        ValueError: If an option is out of range, the data are empty or not finite, or the checkpoint
-            belongs to another model, data or setting.
+        TypeError: If an argument has the wrong type, or the data's dtype does not fit the model.
+        ValueError: If an option is out of range, the data are empty or not finite, nothing of the model
+            can be trained, or the checkpoint belongs to another model, data or setting.
         OSError: If a record or checkpoint cannot be written; what was written before stays.
         FloatingPointError: If the loss stays non-finite.
     """
+    given = dict(locals())
     try:
         from accelerate import Accelerator
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError('fit needs the extra "train": pip install "separable-hvae[train]"') from error
-    if not isinstance(model, HVAE):
-        raise TypeError(f"model must be an HVAE, got {type(model).__name__}")
-    _check_options(steps, time_budget, batch_size, learning_rate, warmup, kl_warmup, ema, clip, skip, every)
+    _check_options(given)
+    if accelerator is not None:
+        check_instance("accelerator", accelerator, Accelerator)
     accelerator = accelerator or Accelerator()
     device, world, main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     model.to(device)
     batches = Batches(model, data, batch_size, seed, workers, accelerator.process_index, world)
     if not int(model.calibrated):
         model.calibrate(batches.some(4096))
-    if heldout is not None:
-        check_finite("heldout", model.decomp.check_signal(heldout, "heldout"))
     model.train()
     model.zero_grad()
     optimizer = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=learning_rate)
@@ -148,9 +184,10 @@ def fit(
     known = {"seed": seed, "batch_size": batch_size, "processes": world, **batches.fingerprint, **(settings or {})}
     state = TrainingState(model, averaged, optimizer, settings=known)
     path = Path(checkpoint) / CHECKPOINT if checkpoint is not None else None
-    if path is not None and path.exists():
+    resumed = path is not None and path.exists()
+    if path is not None and resumed:
         state.load(path)
-    records = Records(Path(log), state.step) if log is not None and main else None
+    records = Records(Path(log), state.step if resumed else None) if log is not None and main else None
     wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
     noise = torch.Generator(device)
     report = FitReport()
@@ -166,6 +203,8 @@ def fit(
         if path is not None and main:
             state.save(path)
 
+    if not resumed:
+        save()
     shown = progress and main
     with (
         Interruption() as interruption,
@@ -184,7 +223,8 @@ def fit(
             noise.manual_seed(mix(seed, state.step, accelerator.process_index))
             x = batch.to(device)
             if augment is not None:
-                x = augment(x, noise)
+                x = model.decomp.check_signal(augment(x, noise), _AUGMENTED)
+                check_finite(_AUGMENTED, x)
             result = wrapped(x, noise)
             data_term, kl = result.data.mean() / model.decomp.numel, result.kl.mean(0)
             kl_weight = min(1.0, done / kl_warmup) if kl_warmup else 1.0
@@ -263,27 +303,44 @@ def _ema_update(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], T
     return update
 
 
-def _check_options(
-    steps: int | None,
-    time_budget: float | None,
-    batch_size: int,
-    learning_rate: float,
-    warmup: float,
-    kl_warmup: float,
-    ema: float,
-    clip: float,
-    skip: float,
-    every: int,
-) -> None:
-    if steps is None and time_budget is None:
+def _check_options(given: Mapping[str, Any]) -> None:
+    """Check the arguments of :func:`fit`, before anything changes, as far as it goes without the data."""
+    model, heldout, settings = given["model"], given["heldout"], given["settings"]
+    check_instance("model", model, HVAE)
+    if given["steps"] is None and given["time_budget"] is None:
         raise ValueError("fit needs steps or time_budget")
-    positive = {"steps": steps, "time_budget": time_budget, "batch_size": batch_size, "learning_rate": learning_rate}
-    for name, value in {**positive, "clip": clip, "skip": skip, "every": every}.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    for name, value in {"steps": steps, "batch_size": batch_size, "every": every}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-    for name, value in {"warmup": warmup, "kl_warmup": kl_warmup, "ema": ema}.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value}")
+    given = {name: value for name, value in given.items() if value is not None or name not in _MAY_BE_NONE}
+    for name, least in _INTEGERS.items():
+        if name in given:
+            check_integer(name, given[name], least)
+    for name, allowed in _NUMBERS.items():
+        if name in given:
+            check_number(name, given[name], allowed)
+    for name, form in _CALLABLES.items():
+        if name in given:
+            check_callable(name, given[name], form)
+    check_seed("seed", given["seed"])
+    check_flag("progress", given["progress"])
+    _check_paths(given.get("checkpoint"), given.get("log"))
+    if settings is not None:
+        check_instance("settings", settings, Mapping)
+        plain("settings", dict(settings))
+        if own := sorted(_OWN_SETTINGS & set(settings)):
+            raise ValueError(f"settings must not hold {own}, which a checkpoint holds anyway")
+    if heldout is not None:
+        check_finite("heldout", model.decomp.check_signal(heldout, "heldout"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("model must have parameters to train, got none that requires a gradient")
+    if any(p.is_inference() for p in trained):
+        raise ValueError("model must be built outside torch.inference_mode to be trained")
+
+
+def _check_paths(checkpoint: object, log: object) -> None:
+    for name, path in {"checkpoint": checkpoint, "log": log}.items():
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a path, got {path!r}")
+    if checkpoint is not None and Path(cast(str, checkpoint)).is_file():
+        raise ValueError(f"checkpoint must be a folder, got the file {checkpoint}")
+    if log is not None and Path(cast(str, log)).is_dir():
+        raise ValueError(f"log must be a file, got the folder {log}")

@@ -18,7 +18,7 @@ from separable_hvae import (
     evaluate,
     fit,
 )
-from separable_hvae.plots import comparison
+from separable_hvae.plots import comparison, convergence, progressive
 
 X = torch.zeros(2, 1, 4, 4)
 NO: Any = None
@@ -98,7 +98,17 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     "an augmentation that crops": (
         lambda m: fit(m, X, steps=1, augment=lambda x, generator: x[..., 1:], progress=False),
         ValueError,
-        r"x must have shape \(B, 1, 4, 4\), got \(2, 1, 4, 3\)",
+        r"the batch that augment returns must have shape \(B, 1, 4, 4\), got \(2, 1, 4, 3\)",
+    ),
+    "an augmentation of nothing": (
+        lambda m: fit(m, X, steps=1, augment=lambda x, generator: NO, progress=False),
+        TypeError,
+        r"the batch that augment returns must be a torch\.Tensor, got NoneType",
+    ),
+    "an augmentation that overflows": (
+        lambda m: fit(m, X, steps=1, augment=lambda x, generator: x / 0, progress=False),
+        ValueError,
+        r"the batch that augment returns must be finite, got NaN or infinity",
     ),
     "steps as a flag": (lambda m: fit(m, X, steps=True), TypeError, r"steps must be an integer, got True"),
     "epochs": (lambda m: fit(m, X, epochs=1), TypeError, r"unexpected keyword argument 'epochs'"),  # type: ignore[call-arg]
@@ -107,7 +117,58 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     "signals of one axis as pictures": (
         lambda m: comparison(X[:, :, 0], {"a": X[:, :, 0]}),
         ValueError,
-        r"pictures need signals \(B, C, H, W\), got shape \(2, 1, 4\)",
+        r"originals must hold signals \(B, C, H, W\), got shape \(2, 1, 4\)",
+    ),
+    "no pictures": (lambda m: comparison(X[:0], {"a": X}), ValueError, r"originals must hold .* shape \(0, 1, 4, 4\)"),
+    "pictures of integers": (
+        lambda m: comparison(X.byte(), {"a": X}),
+        TypeError,
+        r"originals must be real floating-point or complex, got torch\.uint8",
+    ),
+    "arrays as pictures": (lambda m: comparison(X.numpy(), {"a": X}), TypeError, r"originals must be a Tensor, got nd"),  # type: ignore[arg-type]
+    "NaN as pictures": (lambda m: comparison(X / 0, {"a": X}), ValueError, r"originals must be finite, got NaN or inf"),
+    "fewer reconstructions": (
+        lambda m: comparison(X, {"a": X[:1]}),
+        ValueError,
+        r"reconstructions\['a'\] must have the originals' shape \(2, 1, 4, 4\), got \(1, 1, 4, 4\)",
+    ),
+    "complex reconstructions": (
+        lambda m: comparison(X, {"a": X + 0j}),
+        TypeError,
+        r"reconstructions\['a'\] must be real or complex as the originals are, torch\.float32, got torch\.complex64",
+    ),
+    "a result as a reconstruction": (
+        lambda m: comparison(X, {"a": m(X)}),
+        TypeError,
+        r"reconstructions\['a'\] must be a Tensor, got Result",
+    ),
+    "reconstructions without names": (
+        lambda m: comparison(X, X),  # type: ignore[arg-type]
+        TypeError,
+        r"reconstructions must be a Mapping, got Tensor",
+    ),
+    "no reconstructions": (lambda m: comparison(X, {}), ValueError, r"reconstructions must hold at least one batch"),
+    "a model for a decomposition": (
+        lambda m: progressive(m, [], X),  # type: ignore[arg-type]
+        TypeError,
+        r"decomp must be a Decomposition, got HVAE",
+    ),
+    "too few bands": (
+        lambda m: progressive(m.decomp, m.decomp.analysis(X)[:1], X),
+        ValueError,
+        r"bands must hold one tensor for each of the scales \(2, 4\), got 1",
+    ),
+    "bands of more signals": (
+        lambda m: progressive(m.decomp, m.decomp.analysis(X), X[:1]),
+        ValueError,
+        r"the sum of bands must have the originals' shape \(1, 1, 4, 4\), got \(2, 1, 4, 4\)",
+    ),
+    "a history without a name": (lambda m: convergence(NO), TypeError, r"histories must be a Mapping, got NoneType"),
+    "no histories": (lambda m: convergence({}), ValueError, r"histories must hold at least one history, got none"),
+    "the history of an amortized result": (
+        lambda m: convergence({"a": m.encode(X).history}),
+        TypeError,
+        r"histories\['a'\] must be a History, got NoneType",
     ),
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ def test_complex_signals_are_shown_as_magnitudes() -> None:
 
 def test_pictures_need_two_axes() -> None:
     decomp, x = FFT1Real(8), torch.randn(1, 1, 8)
-    with pytest.raises(ValueError, match=r"\(B, C, H, W\), got shape \(1, 1, 8\)"):
+    with pytest.raises(ValueError, match=r"originals must hold signals \(B, C, H, W\), got shape \(1, 1, 8\)"):
         progressive(decomp, decomp.analysis(x), x)
 
 

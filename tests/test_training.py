@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from typing_extensions import override
 
 from separable_hvae import HVAE, FFT1Complex, FFT1Real, FitReport, Identity, Result, evaluate, fit
-from separable_hvae.batches import checksum
+from separable_hvae.batches import Batches, checksum
 from separable_hvae.decomposition import pack
 from separable_hvae.records import Records
 from tests import zoo
@@ -285,7 +285,8 @@ def test_checkpoints_are_written_along_the_way(tmp_path: Path) -> None:
         return x
 
     train(fresh(), checkpoint=path, checkpoint_every=1e-9, augment=augment, steps=3)
-    assert seen == [False, True, True]
+    # The first one, before any step, says early that it cannot be written, and what a log had been before.
+    assert seen == [True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -366,9 +367,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
 
 def test_the_log_of_a_resumed_run(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "log.jsonl"
-    Records(path, 0).write({"step": 1})
-    for step in (2, 3, 4):
-        Records(path, 0).write({"step": step})
+    for step in (1, 2, 3, 4):
+        Records(path, None).write({"step": step})
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
     records = Records(path, 2)
@@ -376,6 +376,8 @@ def test_the_log_of_a_resumed_run(tmp_path: Path) -> None:
     records.write({"step": 3})
     assert path.read_text().endswith('{"step": 2}\n{"step": 3}\n')
     assert [p.name for p in path.parent.iterdir()] == ["log.jsonl"]
+    Records(path, 0)
+    assert path.read_text() == ""
     path.write_text("notes\n")
     with pytest.raises(ValueError, match=re.escape(f"{path} is no log of a training run")):
         Records(path, 2)
@@ -676,30 +678,69 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str) 
     ("options", "error", "message"),
     [
         ({"steps": None}, ValueError, "fit needs steps or time_budget"),
-        ({"steps": 0}, ValueError, "steps must be positive, got 0"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": 2.5}, TypeError, "steps must be an integer, got 2.5"),
-        ({"time_budget": -1.0}, ValueError, "time_budget must be positive, got -1.0"),
-        ({"time_budget": math.nan}, ValueError, "time_budget must be positive, got nan"),
-        ({"batch_size": 0}, ValueError, "batch_size must be positive, got 0"),
+        ({"time_budget": -1.0}, ValueError, "time_budget must be positive and finite, got -1.0"),
+        ({"time_budget": math.nan}, ValueError, "time_budget must be positive and finite, got nan"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": 4.0}, TypeError, "batch_size must be an integer, got 4.0"),
-        ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive, got 0.0"),
+        ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive and finite, got 0.0"),
         ({"clip": 0.0}, ValueError, "clip must be positive, got 0.0"),
         ({"skip": -1.0}, ValueError, "skip must be positive, got -1.0"),
-        ({"every": 0}, ValueError, "every must be positive, got 0"),
+        ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"warmup": 1.0}, ValueError, "warmup must be in [0, 1), got 1.0"),
         ({"kl_warmup": -0.1}, ValueError, "kl_warmup must be in [0, 1), got -0.1"),
         ({"ema": 1.0}, ValueError, "ema must be in [0, 1), got 1.0"),
         ({"speed": 1}, TypeError, "speed"),
         ({"heldout": torch.zeros(2, 3, 4)}, ValueError, "heldout must have shape (B, 1, 4), got (2, 3, 4)"),
         ({"heldout": torch.full((2, 1, 4), math.inf)}, ValueError, "heldout must be finite, got NaN or infinity"),
+        ({"heldout": torch.zeros(0, 1, 4)}, ValueError, "heldout must hold at least one signal, got shape (0, 1, 4)"),
+        ({"heldout": [waves()]}, TypeError, "heldout must be a torch.Tensor, got list"),
+        ({"steps": "10"}, TypeError, "steps must be an integer, got '10'"),
+        ({"time_budget": "9m"}, TypeError, "time_budget must be a number, got '9m'"),
+        ({"time_budget": math.inf}, ValueError, "time_budget must be positive and finite, got inf"),
+        ({"batch_size": True}, TypeError, "batch_size must be an integer, got True"),
+        ({"learning_rate": "1e-3"}, TypeError, "learning_rate must be a number, got '1e-3'"),
+        ({"learning_rate": torch.tensor(1e-3)}, TypeError, "learning_rate must be a number, got tensor(0.0010)"),
+        ({"weight_decay": -1}, ValueError, "weight_decay must be at least 0 and finite, got -1"),
+        ({"weight_decay": math.nan}, ValueError, "weight_decay must be at least 0 and finite, got nan"),
+        ({"warmup": 1000}, ValueError, "warmup must be in [0, 1), got 1000"),
+        ({"ema": None}, TypeError, "ema must be a number, got None"),
+        ({"clip": None}, TypeError, "clip must be a number, got None"),
+        ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be at least 0 and finite, got -1"),
+        ({"checkpoint": 3}, TypeError, "checkpoint must be a path, got 3"),
+        ({"checkpoint": __file__}, ValueError, f"checkpoint must be a folder, got the file {__file__}"),
+        ({"log": 3}, TypeError, "log must be a path, got 3"),
+        ({"log": "."}, ValueError, "log must be a file, got the folder ."),
+        ({"augment": "flip"}, TypeError, "augment must be a callable (batch, generator) -> batch, got 'flip'"),
+        ({"callback": "print"}, TypeError, "callback must be a callable (record, model) -> None, got 'print'"),
+        ({"clock": 0}, TypeError, "clock must be a callable () -> seconds, got 0"),
+        ({"settings": "flip"}, TypeError, "settings must be a Mapping, got str"),
+        ({"settings": {"a": waves()}}, TypeError, "settings holds Tensor, which JSON cannot hold"),
+        ({"settings": {"seed": 1}}, ValueError, "settings must not hold ['seed'], which a checkpoint holds anyway"),
+        ({"seed": 1.0}, TypeError, "seed must be an integer, got 1.0"),
+        ({"seed": 2**64}, ValueError, "seed must be below 2^64, got 18446744073709551616"),
+        ({"workers": -1}, ValueError, "workers must be at least 0, got -1"),
+        ({"progress": "no"}, TypeError, "progress must be True or False, got 'no'"),
+        ({"accelerator": "cpu"}, TypeError, "accelerator must be an Accelerator, got str"),
     ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     model = fresh()
     before = weights(model)
     with pytest.raises(error, match=re.escape(message)):
         train(model, **options)
-    assert all(torch.equal(v, before[k]) for k, v in model.named_parameters())
+    assert same(weights(model), before)
+
+
+class Stream(IterableDataset[Tensor]):
+    @override
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(waves())
+
+    def __len__(self) -> int:
+        return len(waves())
 
 
 class Labelled(Waves):
@@ -716,7 +757,26 @@ class Labelled(Waves):
         (lambda x: x[:0], ValueError, "data must hold at least one signal"),
         (lambda x: Waves(x[:0]), ValueError, "data must hold at least one signal"),
         (lambda x: x[..., :3], ValueError, "data must have shape (B, 1, 4), got (40, 1, 3)"),
-        (lambda x: Waves(x[:, 0]), ValueError, "data must have shape (B, 1, 4), got (40, 4)"),
+        (lambda x: x[0, 0, 0], ValueError, "data must have shape (B, 1, 4), got ()"),
+        (lambda x: Waves(x[:, 0]), ValueError, "data must hold signals of shape (1, 4), got an item of shape (4,)"),
+        (lambda x: [*x[:3], x[3, :, :2]], ValueError, "data must hold signals of shape (1, 4), got an item of shape"),
+        (lambda x: [x[0], x[1].double()], TypeError, "data must hold signals of one dtype, got torch.float32 and"),
+        (iter, TypeError, "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got "),
+        (
+            lambda x: {0: x[0]},
+            TypeError,
+            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got d",
+        ),
+        (
+            DataLoader,
+            TypeError,
+            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got DataLoader",
+        ),
+        (
+            lambda x: Stream(),
+            TypeError,
+            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got Stream",
+        ),
         (lambda x: x + 0j, TypeError, "data must be real floating-point for FFT1Real, got torch.complex64"),
         (lambda x: x.byte(), TypeError, "data must be real floating-point for FFT1Real, got torch.uint8"),
         (lambda x: x.numpy(), TypeError, "data must be a dataset of tensors (C, *size), got an item of ndarray"),
@@ -728,9 +788,79 @@ def test_bad_data(make: Callable[[Tensor], Any], error: type[Exception], message
         train(fresh(), make(waves()))
 
 
-def test_the_model_must_be_one() -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("late", "error", "message"),
+    [
+        (torch.full((1, 4), math.nan), ValueError, "data must be finite, got NaN or infinity"),
+        (torch.zeros(1, 3), ValueError, r"data must hold signals of shape \(1, 4\), got an item of shape \(1, 3\)"),
+        ((torch.zeros(1, 4), 0), TypeError, r"data must be a dataset of tensors .*, got an item of tuple"),
+    ],
+    ids=["finite", "shape", "kind"],
+)
+def test_bad_signals_that_show_up_late(late: Any, error: type[Exception], message: str, workers: int) -> None:
+    with pytest.raises(error, match=message):
+        train(fresh(), [torch.zeros(1, 4)] * 64 + [late], steps=20, workers=workers)
+
+
+def test_too_few_signals_for_so_many_processes() -> None:
+    with pytest.raises(ValueError, match=r"data must hold more than 80 signals, so that each of 3 processes .* got 40"):
+        Batches(fresh(), waves(), 40, 0, 0, 0, 3)
+
+
+def test_the_model_must_be_one_that_can_be_trained() -> None:
     with pytest.raises(TypeError, match="model must be an HVAE, got Linear"):
         train(torch.nn.Linear(4, 4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be an HVAE, got the class HVAE"):
+        train(HVAE)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model must have parameters to train, got none that requires a gradient"):
+        train(fresh().requires_grad_(False))
+    with torch.inference_mode():
+        model = fresh()
+    with pytest.raises(ValueError, match=r"model must be built outside torch\.inference_mode to be trained"):
+        train(model)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_needs_no_mode(mode: Callable[[], Any]) -> None:
+    models = fresh(), fresh()
+    train(models[0], steps=2)
+    with mode():
+        train(models[1], waves(), steps=2)
+    assert same(weights(models[0]), weights(models[1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": torch.nn.Linear(4, 4)}, TypeError, "model must be an HVAE, got Linear"),
+        ({"model": HVAE}, TypeError, "model must be an HVAE, got the class HVAE"),
+        ({"data": waves()[:0]}, ValueError, "data must hold at least one signal, got shape (0, 1, 4)"),
+        ({"data": waves().numpy()}, TypeError, "data must be a torch.Tensor, got ndarray"),
+        ({"data": waves()[..., :3]}, ValueError, "data must have shape (B, 1, 4), got (40, 1, 3)"),
+        ({"data": waves() + 0j}, TypeError, "data must be real floating-point for FFT1Real, got torch.complex64"),
+        ({"data": waves() / 0}, ValueError, "data must be finite, got NaN or infinity"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": -1}, ValueError, "batch_size must be at least 1, got -1"),
+        ({"batch_size": "3"}, TypeError, "batch_size must be an integer, got '3'"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an integer, got 2.0"),
+        ({"seed": None}, TypeError, "seed must be an integer, got None"),
+        ({"seed": 2**64}, ValueError, "seed must be below 2^64, got 18446744073709551616"),
+    ],
+)
+def test_bad_input_to_evaluate(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = fresh().train()
+    with pytest.raises(error, match=re.escape(message)):
+        evaluate(**{"model": model, "data": waves(), **arguments})
+    assert model.training
+
+
+def test_evaluate_restores_the_mode_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh().train()
+    monkeypatch.setattr(model, "observe", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, waves())
+    assert model.training
 
 
 def test_vanilla_models_train_too() -> None:
