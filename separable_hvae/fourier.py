@@ -82,7 +82,8 @@ class _Packing(nn.Module):
     def read(self, x: Tensor) -> Tensor:
         """Pack the bins of signals ``(B, C, *points)`` into ``(B, C, K)``."""
         transformed = torch.fft.fftn if self.is_complex else torch.fft.rfftn
-        spectrum = torch.view_as_real(transformed(x, dim=self.axes, norm="ortho"))
+        # The MKL of torch 2.6 takes no expanded tensors.
+        spectrum = torch.view_as_real(transformed(x.contiguous(), dim=self.axes, norm="ortho"))
         flat = spectrum.flatten(2).index_select(2, self.gather)
         return torch.where(self.doubled, math.sqrt(2) * flat, flat)
 
