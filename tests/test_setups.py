@@ -248,15 +248,14 @@ def test_table_1(tmp_path: Path, source: Path, finished: Path, monkeypatch: pyte
     assert set(files(out)) == {"results.json", "results.md", "quality.png", "scales.png"}
     report = json.loads((out / "results.json").read_text())
     rows = [(r["method"], r["steps"]) for r in report["rows"]]
-    kinds = ["hybrid", "iterative", "hybrid, paper's refiner", "iterative, paper's refiner"]
+    kinds = ["hybrid", "hybrid, Gauss–Newton", "iterative", "hybrid, paper's refiner", "iterative, paper's refiner"]
     assert rows == [
         ("amortized, sample", 0),
         ("amortized, mean", 0),
         *((kind, n) for n in (1, 2) for kind in kinds),
         ("vanilla, sample", 0),
         ("vanilla, mean", 0),
-        ("vanilla, joint", 1),
-        ("vanilla, joint", 2),
+        *((kind, n) for n in (1, 2) for kind in ("vanilla, joint", "vanilla, Gauss–Newton")),
     ]
     table = (out / "results.md").read_text()
     assert "FID (random conv, 64)" in table

@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=20, help="Gauss–Newton steps; Adam takes twice as many (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=100, help="CPU time of each training (default: %(default)s)")
+    parser.add_argument("--training", type=int, default=700, help="steps of each training (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=8, help="posterior draws (default: %(default)s)")
     parser.add_argument("--uncertain", type=int, default=40, help="images whose uncertainty is measured")
     parser.add_argument("--batch", type=int, default=400, help="images, or draws, at a time (default: %(default)s)")
@@ -153,9 +153,9 @@ def main() -> None:
         elif args.images:
             subject = of_files(args.model, args.vanilla, args.images)
         elif args.fastmri:
-            subject = of_volumes(args.fastmri, args.out, args.seconds)
+            subject = of_volumes(args.fastmri, args.out, args.training)
         else:
-            subject = of_digits(args.out, args.seconds)
+            subject = of_digits(args.out, args.training)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
     model, x, clean = subject.model, subject.held[: args.count], subject.train[:16]

@@ -1,7 +1,6 @@
 """Images with the models that solve their problems: runs of examples/train.py, files, or small ones trained here."""
 
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,16 +63,16 @@ def of_files(folder: Path, vanilla: Path | None, images: Path) -> Subject:
     return Subject(images.stem, parts["train"], parts["held"], HVAE.from_pretrained(folder), other)
 
 
-def of_digits(folder: Path, seconds: float) -> Subject:
+def of_digits(folder: Path, steps: int) -> Subject:
     """Scikit-learn's handwritten digits in [-1, 1], with models that are trained unless the folder has them."""
     from data import digits
 
     x = digits()
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    return Subject("digits, 8×8", x[300:], x[:300], *trained(x[300:], folder, seconds))
+    return Subject("digits, 8×8", x[300:], x[:300], *trained(x[300:], folder, steps))
 
 
-def of_volumes(source: Path, folder: Path, seconds: float, side: int = 32) -> Subject:
+def of_volumes(source: Path, folder: Path, steps: int, side: int = 32) -> Subject:
     """Slices of fastMRI's volumes, their parts' mean square one, with models that are trained as those of digits.
 
     Raises:
@@ -82,11 +81,11 @@ def of_volumes(source: Path, folder: Path, seconds: float, side: int = 32) -> Su
     from mri import fastmri
 
     train, held = (fastmri(source, train=part, size=side) for part in (True, False))
-    return Subject(f"fastMRI, {side}×{side}", train, held, *trained(train, folder, seconds))
+    return Subject(f"fastMRI, {side}×{side}", train, held, *trained(train, folder, steps))
 
 
-def trained(images: Tensor, folder: Path, seconds: float) -> tuple[HVAE, HVAE]:
-    """The separable and the vanilla model of one size, trained alike for some seconds of CPU time."""
+def trained(images: Tensor, folder: Path, steps: int) -> tuple[HVAE, HVAE]:
+    """The separable and the vanilla model of one size, trained alike, for as many steps."""
     models: list[HVAE] = []
     side, is_complex = images.shape[-1], images.is_complex()
     scales = [1, 2, 4, 8] if side == 8 else [2, 4, 8, 16, 32]
@@ -99,8 +98,7 @@ def trained(images: Tensor, folder: Path, seconds: float) -> tuple[HVAE, HVAE]:
             fit(
                 model.to(memory_format=torch.channels_last),
                 images,
-                time_budget=seconds,
-                clock=time.process_time,
+                steps=steps,
                 batch_size=16 if is_complex else 32,
                 learning_rate=4e-3 if is_complex else 8e-3,
                 augment=vary if is_complex else None,
