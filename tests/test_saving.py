@@ -77,7 +77,7 @@ class OwnHead(GridHead):
     def __init__(self, decomp: Decomposition, scale: int, **options: Any) -> None:
         super().__init__(decomp, scale, **options)
         self.again = decomp
-        self.tied = self.mix
+        self.tied = self.emit
 
     @override
     def forward(self, context: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def test_tensors_with_several_names_are_stored_once_and_stay_shared(tmp_path: Pa
     loaded = HVAE.from_pretrained(tmp_path, classes=[Turned, OwnHead])
     head: Any = loaded.subsets[0].head
     assert head.again is head.decomp is loaded.decomp
-    assert head.tied.weight is head.mix.weight
+    assert head.tied.weight is head.emit.weight
     assert same(model, loaded)
 
 
