@@ -26,7 +26,7 @@ from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition, full_precision
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise
-from separable_hvae.operators import Map, Operator, condition, real
+from separable_hvae.operators import Kept, Map, Operator, condition, real
 from separable_hvae.physics import Physics, noise_of
 from separable_hvae.prior import covariance, draw, mean_bands, precision, standard, white
 
@@ -153,7 +153,7 @@ class Measurement(DataTerm):
                     found[unknown] = self._spread(model, unknown, seen.x, y, given)
                 return [model.decomp.synthesis(full), y, own + found[unknown] if unknown else own, *given]
 
-        misfit = MeasurementMisfit(model.decomp, self.operator, self.noise)
+        misfit = MeasurementMisfit(model.decomp, self.operator, self.noise, self.operator.kept())
         return BoundTerm(misfit, [y, own, *given], aim)
 
     def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -235,11 +235,13 @@ class MeasurementMisfit(Misfit):
         decomp: The decomposition.
         operator: What measures a signal.
         noise: How measurements scatter.
+        kept: What the operator keeps: code that was compiled with other masks than a physics has now is of no use.
     """
 
     decomp: Decomposition
     operator: Operator
     noise: Noise
+    kept: tuple[Kept, ...] = ()
 
     @override
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:

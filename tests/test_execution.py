@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from separable_hvae import HVAE, FFT1Real, Identity, MAPRefiner, Result
+from separable_hvae import HVAE, FFT1Real, Identity, MAPRefiner, Measurement, Result
 from separable_hvae.refine import Compiled, CudaGraphs, Eager
 from tests.test_hvae import tiny
 from tests.test_inverse import terms
@@ -85,6 +85,36 @@ def test_traced_data_terms_give_the_same_and_serve_later_batches(
     count, turned = len(execution._compiled), term.rows(torch.tensor([2, 0, 1]))
     assert_same(traced(model, turned), plain(model, turned), 1e-5)
     assert len(execution._compiled) == count > 0
+
+
+class Masked(nn.Module):
+    """A physics with a mask of its own, which may be exchanged or written."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask: Tensor
+        self.register_buffer("mask", mask)
+
+    def A(self, x: Tensor) -> Tensor:  # noqa: N802
+        return x * self.mask
+
+
+def test_a_physics_that_has_changed_is_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, _: graph)
+    model, execution = tiny(FFT1Real(4, scales=[1, 4]), sigma=0.3), Compiled()
+    x, physics = signal(model.decomp, 3, dtype=torch.float32), Masked(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    traced, plain = (MAPRefiner(3, 0.05, schedule="joint", execution=e) for e in (execution, "eager"))
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: setattr(physics, "mask", torch.tensor([0.0, 1.0, 1.0, 0.0])),
+        lambda: physics.mask.fill_(1.0),
+        lambda: None,
+    ]
+    for change, count in zip(changes, (1, 2, 3, 3), strict=True):
+        change()
+        term = Measurement(physics.A(x), physics, 0.1)
+        assert_same(traced(model, term), plain(model, term), 1e-5)
+        assert len(execution._compiled) == count
 
 
 def test_what_looks_at_values_cannot_be_compiled() -> None:

@@ -91,7 +91,8 @@ class Compiled(Execution):
     """Compile each piece, its gradient included, on first use: minutes for deep models, then less time a step.
 
     Pays most for small layers and small batches, where launching operations costs more than they do.
-    A loss or operator of your own must not depend on tensors' values by Python's ``if``.
+    A loss or operator of your own must not depend on tensors' values by Python's ``if``, nor on globals that
+    change: what differs from call to call belongs into ``given``, or into the object whose method it is.
     """
 
     def __init__(self) -> None:
