@@ -228,7 +228,8 @@ def unpack_like(y: Tensor, like: Tensor) -> Tensor:
 
 def _called(name: str, function: Map, x: Tensor, given: Sequence[Tensor]) -> Tensor:
     try:
-        found: Any = function(x, *given)
+        # Expanded signals are hard on operators: the MKL of torch 2.6 transforms none.
+        found: Any = function(x.contiguous(), *given)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
