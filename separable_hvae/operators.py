@@ -100,7 +100,7 @@ class Operator:
                     raise TypeError(
                         "operator is not differentiable: its output does not depend on signals for autograd"
                     )
-                (found,) = torch.autograd.grad(predicted, at, y)
+                (found,) = torch.autograd.grad(predicted, at, y.contiguous())
             return found
         with full_precision(y.device):
             found = _called("adjoint", self.adjoint, y, given)
