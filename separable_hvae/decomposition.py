@@ -282,8 +282,12 @@ class Decomposition(nn.Module, ABC):
             kind = "complex" if self.is_complex else "real floating-point"
             raise TypeError(f"{name} must be {kind} for {type(self).__name__}, got {x.dtype}")
         if x.ndim != self.dims + 2 or x.shape[1:] != (self.channels, *self.size):
+            hint = ""
+            if x.ndim == self.dims + 2 and x.shape[2:] == self.size:
+                hint = f": these need a decomposition with channels={x.shape[1]}"
             raise ValueError(
-                f"{name} must have shape (B, {', '.join(map(str, (self.channels, *self.size)))}), got {tuple(x.shape)}"
+                f"{name} must have shape (B, {', '.join(map(str, (self.channels, *self.size)))}), "
+                f"got {tuple(x.shape)}{hint}"
             )
         if not len(x):
             raise ValueError(f"{name} must hold at least one signal, got shape {tuple(x.shape)}")

@@ -337,6 +337,8 @@ class HVAE(Pretrained, nn.Module):
     def encode(self, x: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None) -> Result:
         """Amortized inference: reconstruct signals from posterior means, or at a temperature.
 
+        Differentiable: call it under ``torch.no_grad()`` for numbers and pictures.
+
         Args:
             x: Signals ``(B, C, *size)``.
             temperature: Factor on the posteriors' standard deviation; 0 takes their means, 1 samples.

@@ -197,5 +197,10 @@ class Subset(nn.Module):
             raws.append(step.raw)
             posteriors.append(step.posterior)
         band = self.head(context)
+        if band.shape[1:] != self.centre.shape:
+            raise ValueError(
+                f"{type(self.head).__name__} must give (B, {', '.join(map(str, self.centre.shape))}) "
+                f"at scale {self.scale}, got {tuple(band.shape)}"
+            )
         band = self.centre + self.unit * (band.float() if band.itemsize < 4 else band)
         return SubsetPass(context, band, zs, raws, posteriors, contexts)

@@ -135,7 +135,8 @@ def fit(
         skip: A step is skipped where the norm exceeds this multiple of the typical one or is not finite,
             never more than three in a row; armed after 100 steps.
         heldout: Signals to evaluate on, with the averaged weights.
-        every: Steps between log records and held-out evaluations (a tenth as often).
+        every: Steps between log records; held-out signals are measured a tenth as often. Both come after the
+            last of ``steps``, too.
         augment: Maps a batch and a generator to a batch, on the device.
         checkpoint: Folder for the checkpoint, written before the first step, now and then, and at the end.
             If it holds one, the run resumes from it; several machines need a folder that all of them see.
@@ -236,7 +237,7 @@ def fit(
             state.step += 1
             averaged.update_parameters(model)
             bar.update()
-            if state.step % every == 0 and main:
+            if (state.step % every == 0 or state.step == steps) and main:
                 per_layer = kl.detach().tolist()
                 loss = float(data_term.detach()) + sum(per_layer) / model.decomp.numel
                 speed = (state.step - last[0]) * len(x) * world / (clock() - last[1])
@@ -255,7 +256,7 @@ def fit(
                     }
                 )
                 bar.set_postfix(loss=f"{loss:.3f}", kl=f"{sum(per_layer) / model.decomp.numel:.3f}")
-                if heldout is not None and state.step % (10 * every) == 0:
+                if heldout is not None and (state.step % (10 * every) == 0 or state.step == steps):
                     held = evaluate(average, heldout, batch_size=batch_size, seed=seed)
                     record({"step": state.step, **{f"heldout_{k}": v for k, v in held.items()}})
             if time.monotonic() - saved > checkpoint_every:

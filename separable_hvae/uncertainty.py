@@ -28,15 +28,20 @@ def posterior_draws(
     Args:
         model: The model.
         known: What is known of B signals.
-        refiner: A refiner that starts from a draw (``sample=True``).
+        refiner: A refiner that starts from a draw (``sample=True``). From ``init="prior"`` draws scatter more
+            where a whole stretch is unknown: the encoder is sure of whatever its first look fills in.
         n: Draws of each signal, all in one batch.
         generator: Random numbers.
 
     Raises:
-        ValueError: If the refiner starts from a mean, so that all draws would be the same, or n is below 2.
+        TypeError: If nothing says that a part is known.
+        ValueError: If the refiner starts from a mean or from given latents, so that all draws would be the same,
+            or n is below 2.
     """
-    if not refiner.sample:
-        raise ValueError("refiner must start from draws: pass one with sample=True")
+    if not isinstance(known, (KnownBands, Measurement)):
+        raise TypeError(f"known must be KnownBands or a Measurement, got {type(known).__name__}")
+    if not refiner.sample or not isinstance(refiner.init, str):
+        raise ValueError("refiner must start from draws: pass one with sample=True, from the posterior or the prior")
     if n < 2:
         raise ValueError(f"n must be at least 2, got {n}")
     many = known.rows(torch.arange(len(known)).repeat(n))

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from separable_hvae import (
     HVAE,
@@ -12,13 +14,16 @@ from separable_hvae import (
     FFT2Complex,
     FFT2Real,
     Identity,
+    KnownBands,
     MAPRefiner,
     ScaleHead,
     Wavelet2,
     evaluate,
     fit,
+    posterior_draws,
 )
 from separable_hvae.plots import comparison, convergence, progressive
+from separable_hvae.refine import Rule
 
 X = torch.zeros(2, 1, 4, 4)
 NO: Any = None
@@ -28,6 +33,30 @@ NO: Any = None
 def model() -> HVAE:
     torch.manual_seed(0)
     return HVAE(FFT2Real(4, 1, [2, 4]), layers=2, width=2, bottleneck=2, blocks=0)
+
+
+class Sizeless(Rule):
+    """A rule as someone writes it who has read only half of the page."""
+
+    @override
+    def step(self, problem: Any, latents: list[Tensor], sizes: Any, state: Any) -> Any:
+        return latents
+
+
+class Flat(Sizeless):
+    """A rule that loses the latents' shape."""
+
+    @override
+    def step(self, problem: Any, latents: list[Tensor], sizes: Any, state: Any) -> Any:
+        return [z.flatten(1) for z in latents], state
+
+
+class WrongHead(ScaleHead):
+    """A head that returns its context."""
+
+    @override
+    def forward(self, context: Tensor) -> Tensor:
+        return context
 
 
 KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
@@ -89,6 +118,43 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     "no rule": (lambda m: MAPRefiner(rule=NO), TypeError, r"rule must be a name or a Rule, got None"),
     "no loss": (lambda m: MAPRefiner(loss=NO), TypeError, r"loss must be 'l1', 'l2' or a callable, got None"),
     "negative steps of the paper": (lambda m: MAPRefiner.paper(-1), ValueError, r"steps must be at least 0 .*, got -1"),
+    "a rule without step sizes": (
+        lambda m: MAPRefiner(rule=Sizeless()),
+        ValueError,
+        r"Sizeless has no default_step and default_joint_step: set them, or pass step_size",
+    ),
+    "a step that returns its latents alone": (
+        lambda m: MAPRefiner(1, 1.0, rule=Sizeless())(m, X),
+        TypeError,
+        r"MAPRefiner\.step must return \(latents, state\), got list",
+    ),
+    "a step that reshapes": (
+        lambda m: MAPRefiner(1, 1.0, rule=Flat())(m, X),
+        ValueError,
+        r"MAPRefiner\.step must return latents of shapes \[\(2, 1, 2, 2\), .*\], got \[\(2, 4\)",
+    ),
+    "a head of the wrong shape": (
+        lambda m: HVAE(FFT2Real(4, 1, [2, 4]), width=2, bottleneck=2, head=WrongHead).sample(1),
+        ValueError,
+        r"WrongHead must give \(B, 1, 9\) at scale 2, got \(1, 2, 2, 2\)",
+    ),
+    "signals of other channels": (
+        lambda m: m.encode(torch.zeros(2, 3, 4, 4)),
+        ValueError,
+        r"x must have shape \(B, 1, 4, 4\), got \(2, 3, 4, 4\): these need a decomposition with channels=3",
+    ),
+    "draws of whole signals": (
+        lambda m: posterior_draws(m, X, MAPRefiner(1, sample=True), 2),  # type: ignore[arg-type]
+        TypeError,
+        r"known must be KnownBands or a Measurement, got Tensor",
+    ),
+    "draws from given latents": (
+        lambda m: posterior_draws(
+            m, KnownBands.of(X, m.decomp, until=2), MAPRefiner(1, init=m.encode(X).latents, sample=True), 2
+        ),
+        ValueError,
+        r"refiner must start from draws",
+    ),
     # Trained and measured wrongly.
     "text to train on": (
         lambda m: fit(m, "x", steps=1, progress=False),  # type: ignore[arg-type]

@@ -182,7 +182,7 @@ class Refiner(ABC):
                 if clock.is_over() or stopping.is_over():
                     break
                 with self._lowered(run.model):
-                    latents, state = self.step(problem, problem.latents, state)
+                    latents, state = _moved(self, problem, state)
                 iterate = Iterate.of(problem, number, n, stopping.moving, clock.seconds(), first)
                 recorder.add(iterate)
                 if callback is not None:
@@ -214,6 +214,18 @@ class Refiner(ABC):
             recorder.add_rounding((lowered - exact).abs() / (1 + exact.abs()))
 
 
+def _moved(refiner: Refiner, problem: Problem, state: Any) -> tuple[list[Tensor], Any]:
+    """A refiner's step, checked: it may be a user's."""
+    moved: Any = refiner.step(problem, problem.latents, state)
+    if not (isinstance(moved, tuple) and len(moved) == 2 and isinstance(moved[0], list)):
+        raise TypeError(f"{type(refiner).__name__}.step must return (latents, state), got {type(moved).__name__}")
+    latents: list[Tensor] = moved[0]
+    shapes, wanted = ([tuple(z.shape) for z in zs] for zs in (latents, problem.latents))
+    if shapes != wanted:
+        raise ValueError(f"{type(refiner).__name__}.step must return latents of shapes {wanted}, got {shapes}")
+    return latents, moved[1]
+
+
 class Options(TypedDict, total=False):
     """Options that every refiner shares, see :class:`Refiner`."""
 
@@ -233,7 +245,8 @@ class MAPRefiner(Refiner):
         guidance: Weight β of the data term, one number or by scale.
         loss: ``"l2"``, ``"l1"`` or a callable, see :class:`Refiner`.
         schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, ``"combined"``, or a :class:`Schedule`.
-        rule: ``"adam"``, ``"gd"``, ``"gauss-newton"``, or a :class:`Rule`.
+        rule: ``"adam"``, ``"gd"``, ``"gauss-newton"`` (joint problems alone: elsewhere its steps are Adam's, of
+            their own size), or a :class:`Rule`.
         init: ``"posterior"``, ``"prior"`` or a list of latents, see :class:`Refiner`.
         sample: Start from a draw instead of the mean.
         **options: ``tolerance``, ``budget``, ``batch_size``, ``execution`` and ``precision``, see :class:`Refiner`.
@@ -256,6 +269,10 @@ class MAPRefiner(Refiner):
             check_by_scale("step_size", step_size)
         self.step_size = step_size
         self.rule = named("rule", rule, RULES, Rule)  # type: ignore[type-abstract]
+        if step_size is None and not (hasattr(self.rule, "default_step") and hasattr(self.rule, "default_joint_step")):
+            raise ValueError(
+                f"{type(self.rule).__name__} has no default_step and default_joint_step: set them, or pass step_size"
+            )
 
     @classmethod
     def paper(cls, steps: int = 25, init: Init = "posterior") -> "MAPRefiner":

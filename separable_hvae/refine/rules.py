@@ -21,7 +21,10 @@ from separable_hvae.refine.problem import Problem, dot, rows
 
 
 class Rule(ABC):
-    """One step on the latents of a problem."""
+    """One step on the latents of a problem.
+
+    A subclass sets ``default_step`` and ``default_joint_step``, or is used with a step size.
+    """
 
     default_step: float
     """Step size on local problems."""
