@@ -232,7 +232,7 @@ def test_epochs_give_steps(tmp_path: Path, source: Path, monkeypatch: pytest.Mon
     path = write(tmp_path / "a.toml", MICRO.replace("steps = 30", "epochs = 0.5"))
     call(monkeypatch, train, path, "--data", source, "--out", tmp_path / "run", "--batch-size", 16)
     # 100 images make 6 batches of 16, half an epoch is 3.
-    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
+    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [1, 2, 3]
 
 
 # evaluate.py.
