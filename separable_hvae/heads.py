@@ -4,8 +4,8 @@ r"""Heads: from the context at the end of a subset to the band that its scale em
 
 where m_s and u_s are the mean and the deviation of band s over the training data (the subset applies
 them), so that every head predicts numbers of order one. Residual blocks, then one convolution: what the
-latents add to the context reaches the band along a linear path, however deep the blocks are. A swish
-before that convolution doubled the squared error at equal steps.
+latents add to the context reaches the band along a linear path, however deep the blocks are. (A swish
+before that convolution doubled the squared error on CIFAR-10 at equal steps, and changed little on digits.)
 """
 
 import math

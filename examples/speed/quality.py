@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from timing import seconds
 from torch import Tensor
 
@@ -177,6 +178,7 @@ def draw(curves: dict[str, dict[str, Any]], title: str) -> Figure:
             axes.set(xlabel="ms", ylabel=label, xscale="log", title=model)
             if column != "nll":
                 axes.set_yscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(alpha=0.3, which="both")
         row[0].legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
