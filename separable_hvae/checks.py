@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import torch
+
 Allowed = Literal["positive", "positive and finite", "at least 0 and finite", "in [0, 1)"]
 
 _RANGES: dict[Allowed, Callable[[float], bool]] = {
@@ -70,3 +72,9 @@ def check_instance(name: str, value: object, kind: type) -> None:
         article = "an" if kind.__name__.startswith(("A", "E", "HV", "I", "O")) else "a"
         came = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise TypeError(f"{name} must be {article} {kind.__name__}, got {came}")
+
+
+def check_generator(generator: object) -> None:
+    """Raise a ``TypeError`` unless it is a ``torch.Generator`` or ``None``; a seed is none."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")

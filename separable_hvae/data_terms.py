@@ -16,14 +16,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
+from separable_hvae.checks import check_instance
 from separable_hvae.decomposition import Decomposition, full_precision, pack
 from separable_hvae.hvae import HVAE, Observation
 
 LossName = Literal["l1", "l2"]
 Loss = LossName | Callable[[Tensor, Tensor], Tensor]
+
+
+def check_loss(loss: object) -> None:
+    """Check a loss as far as it can be checked before it is called.
+
+    Raises:
+        TypeError: If it is neither a name nor a callable; a class is none.
+        ValueError: If the name is unknown.
+    """
+    if isinstance(loss, str) and loss not in ("l1", "l2"):
+        raise ValueError(f"loss must be 'l1', 'l2' or a callable, got {loss!r}")
+    if not isinstance(loss, str) and (isinstance(loss, type) or not callable(loss)):
+        raise TypeError(f"loss must be 'l1', 'l2' or a callable, got {loss!r}")
 
 
 class Misfit(ABC):
@@ -95,9 +110,15 @@ class Signal(DataTerm):
     Args:
         x: Signals ``(B, C, *size)``.
         loss: ``"l2"``, ``"l1"``, or a callable ``(h_hat, h) -> (B,)`` on real tensors, in nats.
+
+    Raises:
+        TypeError: If ``x`` is no tensor or the loss neither a name nor a callable.
+        ValueError: If the loss's name is unknown.
     """
 
     def __init__(self, x: Tensor, loss: Loss = "l2") -> None:
+        check_instance("x", x, Tensor)
+        check_loss(loss)
         self.x, self.loss = x, loss
 
     @override
@@ -149,6 +170,8 @@ class Distance:
         if not isinstance(d, Tensor) or d.shape != h.shape[:1]:
             got = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
             raise ValueError(f"loss must return one number for each sample, shape {tuple(h.shape[:1])}, got {got}")
+        if torch.is_grad_enabled() and h_hat.requires_grad and not d.requires_grad:
+            raise ValueError("loss must be differentiable: what it returned does not depend on h_hat for autograd")
         return d
 
 

@@ -14,7 +14,7 @@ import inspect
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
+from separable_hvae.checks import check_flag, check_instance, check_number
 from separable_hvae.laws import LawReport, measure_laws
 
 P = ParamSpec("P")
@@ -113,7 +114,7 @@ class Decomposition(nn.Module, ABC):
         is_complex: Whether signals are complex.
 
     Raises:
-        TypeError: If a size, a channel count or a scale is no integer.
+        TypeError: If a size, a channel count or a scale is no integer, or ``is_complex`` no flag.
         ValueError: If sizes or channels are not positive, or scales do not increase or do not end
             in ``max(size)``.
     """
@@ -128,7 +129,8 @@ class Decomposition(nn.Module, ABC):
         if not 1 <= len(self.size) <= 3:
             raise ValueError(f"size must have one to three axes, got {tuple(size)}")
         self.channels = _positive("channels", channels)
-        self.is_complex = bool(is_complex)
+        check_flag("is_complex", is_complex)
+        self.is_complex = is_complex
         self._set_scales(scales)
 
     def _set_scales(self, scales: Sequence[int] | None) -> None:
@@ -265,7 +267,7 @@ class Decomposition(nn.Module, ABC):
         Raises:
             ValueError: If the scale emits no band.
         """
-        if scale not in self.band_shapes:
+        if not isinstance(scale, Hashable) or scale not in self.band_shapes:
             raise ValueError(f"scale {scale!r} emits no band; the scales that do are {list(self.band_shapes)}")
         return list(self.band_shapes).index(scale)
 
@@ -317,7 +319,8 @@ class Decomposition(nn.Module, ABC):
 
         Raises:
             TypeError: If ``bands`` is no sequence, or a band is complex or no tensor.
-            ValueError: If there are too many bands, none at all, or one has the wrong shape.
+            ValueError: If there are too many bands, none at all, one has the wrong shape, or they are on
+                several devices.
         """
         if not isinstance(bands, Sequence):
             raise TypeError(f"bands must be a sequence of tensors and None, got {type(bands).__name__}")
@@ -340,6 +343,8 @@ class Decomposition(nn.Module, ABC):
                 raise ValueError(
                     f"the band at scale {scale} must have shape {(len(first), *shape)}, got {tuple(h.shape)}"
                 )
+            elif h.device != first.device:
+                raise ValueError(f"bands must be on one device, got {first.device} and {h.device}")
             full.append(h.to(dtype))
         return full
 
@@ -376,8 +381,12 @@ class Decomposition(nn.Module, ABC):
             The measured errors and, for each scale, the condition numbers of ``to_grid`` and ``from_grid``.
 
         Raises:
+            TypeError: If an argument has the wrong type.
             ValueError: If a law does not hold; the message names each failing law and by how much.
         """
+        check_instance("dtype", dtype, torch.dtype)
+        if tolerance is not None:
+            check_number("tolerance", tolerance, "at least 0 and finite")
         report = measure_laws(self, dtype)
         report.require(tolerance if tolerance is not None else (1e-10 if dtype == torch.float64 else 1e-4))
         return report

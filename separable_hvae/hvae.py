@@ -22,12 +22,14 @@ from typing_extensions import override
 
 from separable_hvae.blocks import Encoder
 from separable_hvae.calibration import BandMoments, units
+from separable_hvae.checks import check_flag, check_generator, check_integer, check_number
 from separable_hvae.decomposition import Decomposition, check_finite, full_precision, pack
 from separable_hvae.heads import HEADS, ScaleHead
 from separable_hvae.saving import Pretrained
 from separable_hvae.subset import Evidence, Subset, SubsetPass
 
-_LOG_SIGMA_RANGE = (math.log(1e-4), math.log(1e2))
+_SIGMA_RANGE = (1e-4, 1e2)
+_LOG_SIGMA_RANGE = (math.log(_SIGMA_RANGE[0]), math.log(_SIGMA_RANGE[1]))
 _WARM_UP_BATCHES = 16
 
 
@@ -101,13 +103,13 @@ class HVAE(Pretrained, nn.Module):
         blocks: Residual blocks of each scale in the encoder, and of each head.
         head: ``"grid"`` (a small signal, then its band), ``"coefficient"`` (the paper's), or a
             :class:`ScaleHead` subclass.
-        sigma: Standard deviation of the likelihood in the data's units, or ``"learned"``.
+        sigma: Standard deviation of the likelihood in the data's units, from 1e-4 to 100, or ``"learned"``.
         band_input: Whether the posterior of a scale sees the target band (the paper: ``False``).
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is not positive, ``layers`` has another length than ``scales``, or a
-            name is unknown.
+        ValueError: If a number is not positive, ``sigma`` is out of range, ``layers`` has another length
+            than ``scales``, or a name is unknown.
     """
 
     log_sigma: Tensor
@@ -134,8 +136,9 @@ class HVAE(Pretrained, nn.Module):
         self.decomp = decomp.bind(decomp.scales if scales is None else scales)
         numbers = {"width": width, "bottleneck": bottleneck, "latent_channels": latent_channels}
         for name, value in numbers.items():
-            _require_count(name, value, 1)
-        _require_count("blocks", blocks, 0)
+            check_integer(name, value, 1)
+        check_integer("blocks", blocks, 0)
+        check_flag("band_input", band_input)
         counts = self._layers_by_scale(layers)
         self.depth = sum(counts)
         gain = 1 / math.sqrt(self.depth)
@@ -190,7 +193,7 @@ class HVAE(Pretrained, nn.Module):
                 f"layers must be one number or one for each of the {len(self.scales)} scales, got {len(counts)}"
             )
         for count in counts:
-            _require_count("layers", count, 1)
+            check_integer("layers", count, 1)
         return counts
 
     def _warn_of_few_latents(self, layers: dict[int, int], channels: int) -> None:
@@ -214,6 +217,9 @@ class HVAE(Pretrained, nn.Module):
             raise TypeError(f"sigma must be a positive number or 'learned', got {sigma!r}")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be positive and finite, got {sigma}")
+        least, most = _SIGMA_RANGE
+        if not least <= sigma <= most:
+            raise ValueError(f"sigma must be between {least:g} and {most:g}, got {sigma}: rescale the data")
         self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
 
     @property
@@ -344,7 +350,7 @@ class HVAE(Pretrained, nn.Module):
             temperature: Factor on the posteriors' standard deviation; 0 takes their means, 1 samples.
             generator: Random numbers of the samples.
         """
-        _require_temperature(temperature)
+        _check_draws(temperature, generator)
         seen = self.observe(x)
         if self.training:
             self._observe_bands(seen)
@@ -359,6 +365,7 @@ class HVAE(Pretrained, nn.Module):
             generator: Random numbers of the posterior samples.
             kl_weight: Factor on the KL terms, for a warm-up.
         """
+        check_number("kl_weight", kl_weight, "at least 0 and finite")
         result = self(x, generator)
         loss: Tensor = ((result.data + kl_weight * result.kl.sum(1)) / self.decomp.numel).mean()
         return loss
@@ -383,31 +390,42 @@ class HVAE(Pretrained, nn.Module):
 
         Raises:
             TypeError: If an entry is neither a tensor nor ``None``.
-            ValueError: If there are too many entries, none is a tensor, or one has the wrong shape.
+            ValueError: If there are too many entries, none is a tensor, or one has the wrong shape or is on
+                another device than the model.
         """
-        _require_temperature(temperature)
+        _check_draws(temperature, generator)
         full = self.check_latents(latents)
         if until is not None:
             self.decomp.band_index(until)
         given = next((z for z in full if z is not None), None)
         if given is None:
             raise ValueError("latents must hold at least one tensor; use sample(n) to draw all of them")
+        for i, z in enumerate(full):
+            if z is not None and z.device != self.start.device:
+                raise ValueError(f"latents[{i}] is on {z.device}, the model on {self.start.device}")
         passes = self.top_down(full, len(given), until=until, temperature=temperature, generator=generator)
         return self.result(passes, self._signal_dtype(given.dtype))
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` signals ``(n, C, *size)`` from the model (the likelihood's mean, without its noise)."""
-        _require_count("n", n, 1)
-        _require_temperature(temperature)
+        check_integer("n", n, 1)
+        _check_draws(temperature, generator)
         passes = self.top_down([None] * self.depth, n, temperature=temperature, generator=generator)
         return self.result(passes, self._signal_dtype(passes[0].band.dtype)).reconstruction
 
     @torch.no_grad()
     def calibrate(self, data: Tensor | Iterable[Tensor]) -> None:
         """Standardise bands by their mean and deviation over ``data``, signals or batches of them."""
+        if isinstance(data, Tensor):
+            data = data.split(256) if data.ndim else [data]
+        try:
+            batches = iter(data)
+        except TypeError:
+            kind = type(data).__name__
+            raise TypeError(f"data must be a tensor (N, C, *size) or an iterable of such batches, got {kind}") from None
         moments: list[BandMoments] = []
-        for batch in data.split(256) if isinstance(data, Tensor) else data:
+        for batch in batches:
             x = self.decomp.check_signal(batch, "data").to(self.start.device)
             check_finite("data", x)
             if len(x):
@@ -442,38 +460,40 @@ class HVAE(Pretrained, nn.Module):
                 subset.centre = moment.mean.to(subset.centre, copy=True)
                 subset.unit = torch.full_like(subset.unit, unit)
 
-    def check_latents(self, latents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def check_latents(self, latents: Sequence[Tensor | None], name: str = "latents") -> list[Tensor | None]:
         """Return one entry for each layer, see :meth:`decode` for what is allowed."""
         shapes = self.latent_shapes
         if isinstance(latents, Tensor) or not isinstance(latents, Sequence):
-            raise TypeError(f"latents must be a list with one entry for each layer, got {type(latents).__name__}")
+            raise TypeError(f"{name} must be a list with one entry for each layer, got {type(latents).__name__}")
         if len(latents) > len(shapes):
-            raise ValueError(f"latents must have at most {len(shapes)} entries, one for each layer, got {len(latents)}")
+            raise ValueError(f"{name} must have at most {len(shapes)} entries, one for each layer, got {len(latents)}")
         batch = next((len(z) for z in latents if isinstance(z, Tensor) and z.ndim), 0)
         for i, (z, shape) in enumerate(zip(latents, shapes, strict=False)):
             if z is None:
                 continue
             if not isinstance(z, Tensor) or not z.is_floating_point():
                 raise TypeError(
-                    f"latents[{i}] must be a real tensor or None, got {getattr(z, 'dtype', type(z).__name__)}"
+                    f"{name}[{i}] must be a real tensor or None, got {getattr(z, 'dtype', type(z).__name__)}"
                 )
             if tuple(z.shape) != (batch, *shape):
-                raise ValueError(f"latents[{i}] must have shape {(batch, *shape)}, got {tuple(z.shape)}")
+                raise ValueError(f"{name}[{i}] must have shape {(batch, *shape)}, got {tuple(z.shape)}")
+            if not batch:
+                raise ValueError(f"{name}[{i}] must hold at least one sample, got shape {tuple(z.shape)}")
         return [*latents, *[None] * (len(shapes) - len(latents))]
 
-    def require_latents(self, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
+    def require_latents(self, latents: Sequence[Tensor], batch: int, name: str = "latents") -> list[Tensor]:
         """Return the latents of every layer for a batch, in the model's precision and on its device.
 
         Raises:
             TypeError: If an entry is no tensor.
             ValueError: If one is missing or has the wrong shape.
         """
-        full = self.check_latents(latents)
+        full = self.check_latents(latents, name)
         given = [z for z in full if z is not None]
         if len(given) < len(full) or len(given[0]) != batch:
             got = f"{len(given)} for {len(given[0])} signals" if given else "none"
             raise ValueError(
-                f"latents must hold {len(full)} tensors, one for each layer, for {batch} signals, got {got}"
+                f"{name} must hold {len(full)} tensors, one for each layer, for {batch} signals, got {got}"
             )
         return [z.detach().to(self.start.device, self._precision) for z in given]
 
@@ -498,13 +518,6 @@ def _head_class(head: str | type[ScaleHead]) -> Callable[..., ScaleHead]:
     return head
 
 
-def _require_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _require_temperature(temperature: float) -> None:
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+def _check_draws(temperature: float, generator: torch.Generator | None) -> None:
+    check_number("temperature", temperature, "at least 0 and finite")
+    check_generator(generator)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from separable_hvae.checks import check_callable, check_generator, check_instance
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition, check_finite, full_precision
 from separable_hvae.hvae import HVAE, Observation
@@ -35,7 +36,7 @@ class KnownBands(DataTerm):
         sigma: Standard deviation of the known values; 0 where they are exact.
 
     Raises:
-        TypeError: If a band or mask is no tensor of its kind.
+        TypeError: If a band or mask is no tensor of its kind, or they come in no sequence.
         ValueError: If no band is given, sizes do not fit, or sigma is negative.
     """
 
@@ -43,6 +44,12 @@ class KnownBands(DataTerm):
         self, bands: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None = None, sigma: float = 0.0
     ) -> None:
         self.noise = GaussianNoise(sigma)
+        for name, part in {"bands": bands, "masks": () if masks is None else masks}.items():
+            if not isinstance(part, Sequence):
+                raise TypeError(f"{name} must be a sequence of tensors and None, got {type(part).__name__}")
+        for i, band in enumerate(bands):
+            if band is not None:
+                _check_band(i, band)
         given = [band for band in bands if band is not None]
         if not given:
             raise ValueError("bands must hold at least one tensor: nothing is known without")
@@ -97,7 +104,15 @@ class KnownBands(DataTerm):
             model: The model.
             x: Decoded signals ``(B, C, *size)``.
             generator: Random numbers of a draw; ``None`` gives the mean.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If ``x`` does not fit the model, or holds another number of signals than are known.
         """
+        check_instance("model", model, HVAE)
+        check_generator(generator)
+        if len(model.decomp.check_signal(x)) != len(self):
+            raise ValueError(f"x must hold {len(self)} signals, as many as are known, got {len(x)}")
         bands, masks = self._read(model)
         own, other = float(model.sigma.detach()) ** 2, self.noise.sigma**2
         share = own / (own + other)
@@ -169,7 +184,10 @@ def masks_of(decomp: Decomposition, project: Callable[[Tensor], Tensor]) -> list
     Raises:
         ValueError: If it mixes coefficients, in which case its knowledge is no mask in these bands, as of a
             pixel mask in Fourier bands; the message says by how much.
+        TypeError: If an argument has the wrong type.
     """
+    check_instance("decomp", decomp, Decomposition)
+    check_callable("project", project, "(signals) -> signals")
     generator = torch.Generator().manual_seed(0)
     shapes = decomp.band_shapes.values()
     bands = [torch.randn(1, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -184,6 +202,15 @@ def masks_of(decomp: Decomposition, project: Callable[[Tensor], Tensor]) -> list
             f"of {defect:.2g}; use Measurement"
         )
     return masks
+
+
+def _check_band(index: int, band: Tensor) -> None:
+    if not isinstance(band, Tensor) or not band.is_floating_point():
+        raise TypeError(
+            f"bands[{index}] must be a real tensor or None, got {getattr(band, 'dtype', type(band).__name__)}"
+        )
+    if not band.ndim or not len(band):
+        raise ValueError(f"bands[{index}] must hold at least one sample, batch first, got shape {tuple(band.shape)}")
 
 
 def _mask(index: int, mask: Tensor | None, band: Tensor | None) -> Tensor | None:

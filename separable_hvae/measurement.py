@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from separable_hvae.checks import check_callable, check_flag, check_generator, check_instance
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
-from separable_hvae.decomposition import Decomposition, full_precision
+from separable_hvae.decomposition import Decomposition, check_finite, full_precision
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise
 from separable_hvae.operators import Kept, Map, Operator, condition, real
@@ -84,6 +85,14 @@ class Measurement(DataTerm):
             adjoint, operator = adjoint or getattr(operator, "A_adjoint", None), operator.A
         elif not callable(operator):
             raise TypeError(f"operator must be a callable or have a method A, got {type(operator).__name__}")
+        if adjoint is not None:
+            check_callable("adjoint", adjoint, "(y, *given) -> x")
+        check_flag("linear", linear)
+        check_flag("stacked", stacked)
+        if start is not None:
+            check_instance("start", start, Tensor)
+        if isinstance(given, Tensor) or not isinstance(given, Sequence):
+            raise TypeError(f"given must be a sequence of tensors, got {type(given).__name__}")
         if noise is None:
             raise TypeError("noise must be a Noise or a standard deviation, 0 where y has none, got None")
         for i, tensor in enumerate(given):
@@ -92,8 +101,10 @@ class Measurement(DataTerm):
                 raise ValueError(f"given[{i}] must be a tensor of {len(y)} samples, batch first, got {got}")
         if start is None and not linear:
             raise ValueError("start must be given where the operator is not linear: the encoder has to see signals")
-        if fill not in FILLS:
+        if fill not in list(FILLS):
             raise ValueError(f"fill must be one of {sorted(FILLS)}, got {fill!r}")
+        if isinstance(noise, bool) or not isinstance(noise, (Noise, int, float)):
+            raise TypeError(f"noise must be a Noise or a standard deviation, got {noise!r}")
         self.noise = noise if isinstance(noise, Noise) else GaussianNoise(noise)
         self.noise.check(y)
         if not linear and self.noise in (GaussianNoise(0.0), LaplaceNoise(0.0)):
@@ -168,10 +179,16 @@ class Measurement(DataTerm):
             generator: Random numbers of a draw; ``None`` gives the mean.
 
         Raises:
-            ValueError: If the operator is not linear.
+            TypeError: If an argument has the wrong type.
+            ValueError: If the operator is not linear, or ``x`` does not fit the model or the measurements.
         """
+        check_instance("model", model, HVAE)
+        check_generator(generator)
         if not self.linear:
             raise ValueError("correct needs an operator that is linear")
+        if len(model.decomp.check_signal(x)) != len(self):
+            raise ValueError(f"x must hold {len(self)} signals, as many as were measured, got {len(x)}")
+        check_finite("x", x)
         y, given = self._read(model)
         own, variance, dtype = float(model.sigma.detach()) ** 2, self._variance(y), x.dtype
         x = x.detach().to(self._mean(model).dtype)

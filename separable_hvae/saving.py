@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from separable_hvae import sealed
 from separable_hvae._version import __version__
+from separable_hvae.checks import check_flag
 from separable_hvae.decomposition import Decomposition, Identity, plain
 from separable_hvae.fourier import FFT1Complex, FFT1Real, FFT2Complex, FFT2Real, FFT3Complex, FFT3Real
 from separable_hvae.heads import HEADS, ScaleHead
@@ -55,7 +56,10 @@ class Pretrained(nn.Module):
         Raises:
             TypeError: If something cannot be saved: what a decomposition of your own was built with
                 (see :meth:`Decomposition.config`), or state that is no tensor of a usual dtype.
+            ValueError: If ``folder`` is a file.
         """
+        if _path("folder", folder).is_file():
+            raise ValueError(f"folder must be a folder, got the file {folder}")
         kind, arguments = type(self.decomp), plain("config() of the decomposition", self.decomp.config())
         try:
             _rebuilt(kind, arguments)
@@ -95,11 +99,17 @@ class Pretrained(nn.Module):
             revision: Branch, tag or commit on the hub.
 
         Raises:
-            TypeError: If ``classes`` holds anything but decompositions and heads.
+            TypeError: If ``classes`` holds anything but decompositions and heads, or another argument has
+                the wrong type.
             ValueError: If a file is missing, truncated, altered or of a newer format, or does not fit
-                the model, or a class is unknown; the message names the file and the reason.
+                the model, a class is unknown, or there is no such device; the message names the file and
+                the reason.
             ImportError: If ``source`` is a hub id and the extra ``hub`` is not installed.
         """
+        check_flag("trust_import_paths", trust_import_paths)
+        _check_device(device)
+        if not isinstance(classes, Sequence):
+            raise TypeError(f"classes must be a sequence of classes, got {classes!r}")
         for c in classes:
             if not (isinstance(c, type) and issubclass(c, (Decomposition, ScaleHead))):
                 raise TypeError(f"classes must hold Decomposition and ScaleHead subclasses, got {c!r}")
@@ -274,8 +284,22 @@ def _restore(model: nn.Module, stored: dict[str, Tensor]) -> None:
     model.load_state_dict({name: stored[first] for name, first in names.items()})
 
 
+def _path(name: str, given: object) -> Path:
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {given!r}")
+    return Path(given)
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch has on this machine, got {device!r}: {reason}") from error
+
+
 def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
-    folder = Path(source)
+    folder = _path("source", source)
     if folder.is_dir():
         return folder
     if folder.exists() or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):

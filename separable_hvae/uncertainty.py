@@ -10,6 +10,7 @@ last step, the likelihood's own σ where nothing was measured.
 import torch
 from torch import Tensor
 
+from separable_hvae.checks import check_generator, check_instance, check_integer
 from separable_hvae.hvae import HVAE
 from separable_hvae.known import KnownBands
 from separable_hvae.measurement import Measurement
@@ -34,16 +35,18 @@ def posterior_draws(
         generator: Random numbers.
 
     Raises:
-        TypeError: If nothing says that a part is known.
+        TypeError: If nothing says that a part is known, or another argument has the wrong type.
         ValueError: If the refiner starts from a mean or from given latents, so that all draws would be the same,
             or n is below 2.
     """
+    check_instance("model", model, HVAE)
     if not isinstance(known, (KnownBands, Measurement)):
         raise TypeError(f"known must be KnownBands or a Measurement, got {type(known).__name__}")
+    check_instance("refiner", refiner, Refiner)
+    check_integer("n", n, 2)
+    check_generator(generator)
     if not refiner.sample or not isinstance(refiner.init, str):
         raise ValueError("refiner must start from draws: pass one with sample=True, from the posterior or the prior")
-    if n < 2:
-        raise ValueError(f"n must be at least 2, got {n}")
     many = known.rows(torch.arange(len(known)).repeat(n))
     decoded = refiner(model, many, generator).reconstruction
     if generator is None:

@@ -1,5 +1,6 @@
 """Bad input of kinds that belong to no single module's tests: what came and what is allowed is said every time."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,23 +17,41 @@ from separable_hvae import (
     Identity,
     KnownBands,
     MAPRefiner,
+    Measurement,
     ScaleHead,
+    Signal,
     Wavelet2,
     evaluate,
     fit,
+    masks_of,
     posterior_draws,
 )
 from separable_hvae.plots import comparison, convergence, progressive
-from separable_hvae.refine import Rule
+from separable_hvae.refine import Adam, Chain, GaussNewton, Latent, Rule
 
 X = torch.zeros(2, 1, 4, 4)
 NO: Any = None
+TEXT: Any = "text"
+LIST: Any = [2]
+ONE: Any = 1
 
 
 @pytest.fixture(scope="module")
 def model() -> HVAE:
     torch.manual_seed(0)
     return HVAE(FFT2Real(4, 1, [2, 4]), layers=2, width=2, bottleneck=2, blocks=0)
+
+
+def half(x: torch.Tensor) -> torch.Tensor:
+    return x[..., :2]
+
+
+def known(m: HVAE) -> KnownBands:
+    return KnownBands(m.decomp.analysis(X)[:1])
+
+
+def measured(**options: Any) -> Measurement:
+    return Measurement(half(X), half, **{"noise": 0.1, **options})
 
 
 class Sizeless(Rule):
@@ -87,7 +106,88 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         r"layers must be an integer or one for each scale, got '5'",
     ),
     "no head": (lambda m: HVAE(FFT2Real(8), head=NO), TypeError, r"head must be a name or .* subclass, got None"),
+    "a flag as text": (lambda m: Identity(4, is_complex=TEXT), TypeError, r"is_complex must be True or False, got 'te"),
+    "band_input as text": (
+        lambda m: HVAE(FFT2Real(8), band_input=TEXT),
+        TypeError,
+        r"band_input must be True or False, got 'text'",
+    ),
+    "a sigma out of range": (
+        lambda m: HVAE(FFT2Real(8), sigma=1e-5),
+        ValueError,
+        r"sigma must be between 0\.0001 and 100, got 1e-05: rescale the data",
+    ),
     # Called wrongly.
+    "a seed for a generator": (lambda m: m(X, 3), TypeError, r"generator must be a torch\.Generator or None, got 3"),
+    "a seed to sample with": (lambda m: m.sample(2, generator=ONE), TypeError, r"generator must be .* or None, got 1"),
+    "a device for a generator": (
+        lambda m: m.encode(X, generator=TEXT),
+        TypeError,
+        r"generator must be a torch\.Generator or None, got 'text'",
+    ),
+    "a temperature as text": (lambda m: m.sample(2, temperature=TEXT), TypeError, r"temperature must be a number, got"),
+    "a temperature for each layer": (lambda m: m.encode(X, temperature=LIST), TypeError, r"temperature must be a num"),
+    "a weight that is none": (lambda m: m.loss(X, kl_weight=NO), TypeError, r"kl_weight must be a number, got None"),
+    "a weight below zero": (
+        lambda m: m.loss(X, kl_weight=-1.0),
+        ValueError,
+        r"kl_weight must be at least 0 and finite, got -1",
+    ),
+    "latents of no sample": (
+        lambda m: m.decode([torch.zeros(0, 1, 2, 2)]),
+        ValueError,
+        r"latents\[0\] must hold at least one sample, got shape \(0, 1, 2, 2\)",
+    ),
+    "latents elsewhere": (
+        lambda m: m.decode([torch.zeros(1, 1, 2, 2, device="meta")]),
+        ValueError,
+        r"latents\[0\] is on meta, the model on cpu",
+    ),
+    "scales for a scale": (
+        lambda m: m.decode([torch.zeros(1, 1, 2, 2)], until=LIST),
+        ValueError,
+        r"scale \[2\] emits no band; the scales that do are \[2, 4\]",
+    ),
+    "bands here and there": (
+        lambda m: m.decomp.synthesis([h.to(d) for h, d in zip(m.decomp.analysis(X), ("cpu", "meta"), strict=True)]),
+        ValueError,
+        r"bands must be on one device, got cpu and meta",
+    ),
+    "nothing to calibrate on": (
+        lambda m: m.calibrate(NO),
+        TypeError,
+        r"data must be a tensor \(N, C, \*size\) or an iterable of such batches, got NoneType",
+    ),
+    "a number to calibrate on": (
+        lambda m: m.calibrate(torch.tensor(1.0)),
+        ValueError,
+        r"data must have shape \(B, 1, 4, 4\), got \(\)",
+    ),
+    "a law's tolerance as text": (lambda m: m.decomp.check(tolerance=TEXT), TypeError, r"tolerance must be a number"),
+    "a law's dtype as text": (lambda m: m.decomp.check(dtype=TEXT), TypeError, r"dtype must be a dtype, got str"),
+    # Saved and loaded wrongly.
+    "no folder to save to": (lambda m: m.save_pretrained(NO), TypeError, r"folder must be a path, got None"),
+    "a file to save to": (
+        lambda m: m.save_pretrained(__file__),
+        ValueError,
+        rf"folder must be a folder, got the file {re.escape(__file__)}",
+    ),
+    "nothing to load": (lambda m: HVAE.from_pretrained(NO), TypeError, r"source must be a path, got None"),
+    "one class, not a sequence": (
+        lambda m: HVAE.from_pretrained(".", classes=WrongHead),  # type: ignore[arg-type]
+        TypeError,
+        r"classes must be a sequence of classes, got <class '.*WrongHead'>",
+    ),
+    "a device that is none": (
+        lambda m: HVAE.from_pretrained(".", device="gpu"),
+        ValueError,
+        r"device must be one that torch has on this machine, got 'gpu': Expected one of cpu",
+    ),
+    "trust as text": (
+        lambda m: HVAE.from_pretrained(".", trust_import_paths=TEXT),
+        TypeError,
+        r"trust_import_paths must be True or False, got 'text'",
+    ),
     "no signals": (lambda m: m(NO), TypeError, r"x must be a torch\.Tensor, got NoneType"),
     "half of a complex signal": (
         lambda m: FFT2Complex(4).analysis(X),
@@ -154,6 +254,111 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         ),
         ValueError,
         r"refiner must start from draws",
+    ),
+    "a sample that is no flag": (lambda m: MAPRefiner(sample=TEXT), TypeError, r"sample must be True or False, got"),
+    "a class for a loss": (
+        lambda m: MAPRefiner(loss=torch.nn.MSELoss),  # type: ignore[arg-type]
+        TypeError,
+        r"loss must be 'l1', 'l2' or a callable, got <class 'torch\.nn.*MSELoss'>",
+    ),
+    "a loss without gradient": (
+        lambda m: MAPRefiner(1, loss=lambda a, b: (a - b).detach().square().flatten(1).sum(1))(m, X),
+        ValueError,
+        r"loss must be differentiable: what it returned does not depend on h_hat for autograd",
+    ),
+    "a seed to refine with": (lambda m: MAPRefiner(1)(m, X, ONE), TypeError, r"generator must be .* or None, got 1"),
+    "a callback as text": (
+        lambda m: MAPRefiner(1)(m, X, callback=TEXT),
+        TypeError,
+        r"callback must be a callable \(iterate\) -> None, got 'text'",
+    ),
+    "too few latents to start from": (
+        lambda m: MAPRefiner(1, init=m.encode(X).latents[:2])(m, X),
+        ValueError,
+        r"init must hold 4 tensors, one for each layer, for 2 signals, got 2 for 2 signals",
+    ),
+    "one beta": (lambda m: Adam(betas=0.9), TypeError, r"betas must be two numbers, got 0\.9"),  # type: ignore[arg-type]
+    "a beta of one": (lambda m: Adam(betas=(0.9, 1.0)), ValueError, r"betas must be in \[0, 1\), got 1\.0"),
+    "a negative eps": (lambda m: Adam(eps=-1.0), ValueError, r"eps must be positive and finite, got -1\.0"),
+    "a rule's name within a rule": (lambda m: GaussNewton(local=TEXT), TypeError, r"local must be a Rule, got str"),
+    "own_prior as text": (lambda m: Latent(own_prior=TEXT), TypeError, r"own_prior must be True or False, got 'text'"),
+    "a chain of names": (
+        lambda m: Chain("scale", "joint"),  # type: ignore[arg-type]
+        TypeError,
+        r"Chain takes pairs of a schedule and its share of the steps, got \('scale', 'joint'\)",
+    ),
+    "a share as text": (
+        lambda m: Chain(("scale", TEXT)),
+        TypeError,
+        r"share of the steps must be a number, got 'text'",
+    ),
+    # Known and measured wrongly.
+    "no signal": (lambda m: Signal(NO), TypeError, r"x must be a Tensor, got NoneType"),
+    "a signal with an unknown loss": (lambda m: Signal(X, TEXT), ValueError, r"loss must be 'l1', 'l2' or a callable"),
+    "no bands": (lambda m: KnownBands(NO), TypeError, r"bands must be a sequence of tensors and None, got NoneType"),
+    "one band, not a sequence": (
+        lambda m: KnownBands(X),  # type: ignore[arg-type]
+        TypeError,
+        r"bands must be a sequence of tensors and None, got Tensor",
+    ),
+    "bands by scale": (
+        lambda m: KnownBands({2: X}),  # type: ignore[arg-type]
+        TypeError,
+        r"bands must be a sequence of tensors and None, got dict",
+    ),
+    "a complex band": (
+        lambda m: KnownBands([X + 0j]),
+        TypeError,
+        r"bands\[0\] must be a real tensor or None, got torch\.complex64",
+    ),
+    "a band of no sample": (
+        lambda m: KnownBands([torch.tensor(1.0)]),
+        ValueError,
+        r"bands\[0\] must hold at least one sample, batch first, got shape \(\)",
+    ),
+    "no projection": (lambda m: masks_of(m.decomp, NO), TypeError, r"project must be a callable \(signals\) -> signal"),
+    "masks of a model": (
+        lambda m: masks_of(m, half),  # type: ignore[arg-type]
+        TypeError,
+        r"decomp must be a Decomposition, got HVAE",
+    ),
+    "no signals to correct": (lambda m: known(m).correct(m, NO), TypeError, r"x must be a torch\.Tensor, got NoneType"),
+    "fewer signals to correct": (
+        lambda m: known(m).correct(m, X[:1]),
+        ValueError,
+        r"x must hold 2 signals, as many as are known, got 1",
+    ),
+    "noise as text": (
+        lambda m: measured(noise="gauss"),
+        TypeError,
+        r"noise must be a Noise or a standard deviation, got 'gauss'",
+    ),
+    "an adjoint as text": (lambda m: measured(adjoint="A"), TypeError, r"adjoint must be a callable .*, got 'A'"),
+    "linear as text": (lambda m: measured(linear="no"), TypeError, r"linear must be True or False, got 'no'"),
+    "stacked as text": (lambda m: measured(stacked="no"), TypeError, r"stacked must be True or False, got 'no'"),
+    "one mask, not a sequence": (lambda m: measured(given=X), TypeError, r"given must be a sequence of tensors, got T"),
+    "a start of no kind": (lambda m: measured(start=3), TypeError, r"start must be a Tensor, got int"),
+    "fills for a fill": (lambda m: measured(fill=["bands"]), ValueError, r"fill must be one of .*, got \['bands'\]"),
+    "cropped signals to correct": (
+        lambda m: measured().correct(m, half(X)),
+        ValueError,
+        r"x must have shape \(B, 1, 4, 4\), got \(2, 1, 4, 2\)",
+    ),
+    "NaN to correct": (lambda m: measured().correct(m, X / 0), ValueError, r"x must be finite, got NaN or infinity"),
+    "a seed to correct with": (
+        lambda m: measured().correct(m, X, ONE),
+        TypeError,
+        r"generator must be a torch\.Generator or None, got 1",
+    ),
+    "draws by a class": (
+        lambda m: posterior_draws(m, known(m), MAPRefiner, 2),  # type: ignore[arg-type]
+        TypeError,
+        r"refiner must be a Refiner, got the class MAPRefiner",
+    ),
+    "draws as text": (
+        lambda m: posterior_draws(m, known(m), MAPRefiner(1, sample=True), TEXT),
+        TypeError,
+        r"n must be an integer, got 'text'",
     ),
     # Trained and measured wrongly.
     "text to train on": (

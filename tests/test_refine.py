@@ -824,13 +824,13 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any], type[Excepti
     "integers": ({}, lambda x: x.long(), TypeError, "x must be real floating-point for FFT1Real"),
     "no tensor": ({}, lambda x: x.numpy(), TypeError, "x must be a torch.Tensor, got ndarray"),
     "no samples": ({}, lambda x: x[:0], ValueError, "x must hold at least one signal"),
-    "no latents": ({"init": []}, same, ValueError, "latents must hold 4 tensors"),
-    "too few latents": ({"init": [torch.zeros(2, 1, 1)]}, same, ValueError, "latents must hold 4 tensors"),
+    "no latents": ({"init": []}, same, ValueError, "init must hold 4 tensors"),
+    "too few latents": ({"init": [torch.zeros(2, 1, 1)]}, same, ValueError, "init must hold 4 tensors"),
     "latents of another shape": (
         {"init": [torch.zeros(2, 1, 3)] * 4},
         same,
         ValueError,
-        "latents[0] must have shape (2, 1, 1), got (2, 1, 3)",
+        "init[0] must have shape (2, 1, 1), got (2, 1, 3)",
     ),
     "latents of another batch": (
         {"init": [torch.zeros(3, 1, n) for n in (1, 1, 4, 4)]},
@@ -838,7 +838,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Any], type[Excepti
         ValueError,
         "for 2 signals, got 4 for 3 signals",
     ),
-    "latents of no kind": ({"init": ["z"] * 4}, same, TypeError, "latents[0] must be a real tensor or None, got str"),
+    "latents of no kind": ({"init": ["z"] * 4}, same, TypeError, "init[0] must be a real tensor or None, got str"),
     "NaN latents": (
         {"init": [torch.full((2, 1, n), math.nan) for n in (1, 1, 4, 4)]},
         same,

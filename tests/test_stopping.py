@@ -123,7 +123,7 @@ def test_a_chain_is_its_parts_in_turn() -> None:
     assert chained.history.problem == [0] * 8 + [1] * 2
     only = MAPRefiner(10, schedule=Chain(("scale", 3)))(model, x)
     assert_equal(only.latents, MAPRefiner(10)(model, x).latents)
-    with pytest.raises(ValueError, match="Chain takes pairs of a schedule and a positive share of the steps"):
+    with pytest.raises(ValueError, match="share of the steps must be positive and finite"):
         Chain(("scale", 0.0))
     with pytest.raises(ValueError, match="schedule must be one of"):
         Chain(("scales", 1.0))
@@ -161,7 +161,7 @@ def test_sweeps_reach_the_optimum_of_linear_models() -> None:
         ({"batch_size": 2.0}, TypeError, "batch_size must be an integer or None, got 2.0"),
         ({"precision": "float16"}, ValueError, "precision must be 'bfloat16', 'tf32' or None, got 'float16'"),
         ({"execution": "jit"}, ValueError, "execution must be one of"),
-        ({"execution": 3}, TypeError, "execution must be a name or a Execution, got 3"),
+        ({"execution": 3}, TypeError, "execution must be a name or an Execution, got 3"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:

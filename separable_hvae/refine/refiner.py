@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
-from separable_hvae.data_terms import DataTerm, Loss, Signal, absolute_error
+from separable_hvae.checks import check_callable, check_flag, check_generator
+from separable_hvae.data_terms import DataTerm, Loss, Signal, absolute_error, check_loss
 from separable_hvae.hvae import HVAE, Result
 from separable_hvae.objective import ByScale, by_scale, check_number
 from separable_hvae.refine.execution import EXECUTIONS, Execution
@@ -74,10 +75,8 @@ class Refiner(ABC):
         execution: str | Execution = "eager",
         precision: Precision | None = None,
     ) -> None:
-        if isinstance(loss, str) and loss not in ("l1", "l2"):
-            raise ValueError(f"loss must be 'l1', 'l2' or a callable, got {loss!r}")
-        if not isinstance(loss, str) and not callable(loss):
-            raise TypeError(f"loss must be 'l1', 'l2' or a callable, got {loss!r}")
+        check_loss(loss)
+        check_flag("sample", sample)
         if isinstance(init, str) and init not in ("posterior", "prior"):
             raise ValueError(f"init must be 'posterior', 'prior' or a list of latents, got {init!r}")
         if not isinstance(init, Sequence):
@@ -139,6 +138,9 @@ class Refiner(ABC):
         """
         if not isinstance(model, HVAE):
             raise TypeError(f"model must be an HVAE, got {type(model).__name__}")
+        check_generator(generator)
+        if callback is not None:
+            check_callable("callback", callback, "(iterate) -> None")
         steps = {s: int(n) for s, n in by_scale("steps", self.steps, model.scales).items()}
         guidance = tuple(by_scale("guidance", self.guidance, model.scales).values())
         term = self._term(model, x)
@@ -329,7 +331,7 @@ def _tf32(device: torch.device) -> Iterator[None]:
 def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
     """Check the latents to start from and copy them, so that ones from inference mode can move too."""
     with torch.inference_mode(False):
-        given = [z.clone() for z in model.require_latents(latents, batch)]
+        given = [z.clone() for z in model.require_latents(latents, batch, "init")]
     if not all(bool(torch.isfinite(z).all()) for z in given):
         raise ValueError("init must be finite, got NaN or infinity")
     return given

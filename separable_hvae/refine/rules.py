@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from separable_hvae.checks import check_instance, check_number
 from separable_hvae.refine.problem import Problem, dot, rows
 
 
@@ -68,12 +69,21 @@ class Adam(Rule):
     Args:
         betas: Decay of the first and of the second moment.
         eps: Added to the root of the second moment.
+
+    Raises:
+        TypeError: If ``betas`` is no pair of numbers or ``eps`` no number.
+        ValueError: If a beta is not in [0, 1) or ``eps`` not positive.
     """
 
     default_step = 0.01
     default_joint_step = 0.03
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {betas!r}")
+        for beta in betas:
+            check_number("betas", beta, "in [0, 1)")
+        check_number("eps", eps, "positive and finite")
         self.betas, self.eps = betas, eps
 
     @override
@@ -112,6 +122,8 @@ class GaussNewton(Rule):
     default_joint_step = 1.0
 
     def __init__(self, local: Rule | None = None) -> None:
+        if local is not None:
+            check_instance("local", local, Rule)
         self.local = local or Adam()
 
     @override

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from separable_hvae.checks import check_flag, check_number
 from separable_hvae.refine.named import named
 from separable_hvae.refine.pieces import OneSubset, Outcome
 from separable_hvae.refine.problem import Problem
@@ -98,6 +99,7 @@ class Latent(Schedule):
     """
 
     def __init__(self, *, own_prior: bool = False) -> None:
+        check_flag("own_prior", own_prior)
         self.own_prior = own_prior
 
     @override
@@ -237,8 +239,10 @@ class Chain(Schedule):
     """
 
     def __init__(self, *parts: tuple[str | Schedule, float]) -> None:
-        if not parts or not all(share > 0 for _, share in parts):
-            raise ValueError(f"Chain takes pairs of a schedule and a positive share of the steps, got {parts!r}")
+        if not parts or not all(isinstance(part, tuple) and len(part) == 2 for part in parts):
+            raise TypeError(f"Chain takes pairs of a schedule and its share of the steps, got {parts!r}")
+        for _, share in parts:
+            check_number("share of the steps", share, "positive and finite")
         # type-abstract: mypy wants a class that can be built, where only isinstance is asked of it.
         self.schedules = [named("schedule", s, SCHEDULES, Schedule) for s, _ in parts]  # type: ignore[type-abstract]
         total = sum(share for _, share in parts)
