@@ -60,7 +60,7 @@ def main() -> None:
         print(f"{name:20}{error.mean():12.2f}{nll:16.3f}{1e3 * seconds / len(held_out):10.2f}{better:>10}")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    few = slice(0, 6)
+    few = slice(0, 4)
     hybrid, mean = results["hybrid, N = 25"], results["amortized mean"]
     progressive(model.decomp, [h[few] for h in hybrid.bands], held_out[few]).savefig(args.out / "scales.png", dpi=160)
     pair = {"amortized": mean.reconstruction[few], "hybrid": hybrid.reconstruction[few]}
