@@ -91,7 +91,7 @@ def run(method: Method, x: Tensor, batch: int, seed: int) -> tuple[list[Result],
     for part in x.split(batch):
         begin = clock(x.device)
         results.append(method.refiner(method.model, part, generator))
-        seconds.append(clock(x.device) - begin)
+        seconds.append((clock(x.device) - begin) / len(part))
     return results, seconds[: max(1, len(x) // batch)]
 
 
@@ -120,7 +120,7 @@ def measure(
     seen, wanted = pictures(reconstruction, x), pictures(x, x)
     times = {
         **timings(method, x, [b for b in batches if b != batch], budget),
-        batch: statistics.median(seconds) / batch,
+        min(batch, len(x)): statistics.median(seconds),
     }
     best = min(times, key=times.__getitem__)
     refused = [r.refused for r in results if r.refused is not None]

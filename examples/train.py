@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="images in each step of each process")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="mixed precision")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="instead of the setup's own, or 0")
     args = parser.parse_args()
     if torch.cuda.is_available() and not args.cpu:
         torch.backends.cudnn.benchmark = True  # Inputs keep their size.

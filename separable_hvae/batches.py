@@ -146,7 +146,7 @@ def checksum(x: Tensor) -> int:
     It is Σ_i (2 i' + 1) b_i modulo 2^64 over the entries' bits b, where i' is i spread over 63 bits: exact
     integer arithmetic, so no order of summation matters.
     """
-    bits = (torch.view_as_real(x) if x.is_complex() else x).detach().contiguous().flatten()
+    bits = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).detach().contiguous().flatten()
     bits = bits.view(_BITS[bits.itemsize])
     total = 0
     for start in range(0, len(bits), 1 << 22):

@@ -83,7 +83,7 @@ def resample(y: Tensor, points: Sequence[int]) -> Tensor:
 
 def pack(x: Tensor) -> Tensor:
     """View a signal as real numbers: ``(B, C, ...)`` complex becomes ``(B, 2C, ...)`` real."""
-    return rearrange(torch.view_as_real(x), "b c ... two -> b (c two) ...") if x.is_complex() else x
+    return rearrange(torch.view_as_real(x.resolve_conj()), "b c ... two -> b (c two) ...") if x.is_complex() else x
 
 
 def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
@@ -95,7 +95,7 @@ def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
 
 def check_finite(name: str, x: Tensor) -> None:
     """Raise a ``ValueError`` if a tensor holds NaN or infinity."""
-    if not bool(torch.isfinite(torch.view_as_real(x) if x.is_complex() else x).all()):
+    if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 

@@ -49,7 +49,7 @@ def _measure(model: HVAE, data: Tensor, batch_size: int, generator: torch.Genera
     residuals = torch.zeros(len(model.subsets), dtype=torch.float64)
     units: list[Tensor] = []
     for start in range(0, len(data), batch_size):
-        x = data[start : start + batch_size].to(model.start.device)
+        x = model.decomp.check_signal(data[start : start + batch_size].to(model.start.device))
         seen = model.observe(x)
         passes = model.top_down([None] * model.depth, len(x), seen, generator=generator)
         result = model.result(passes, x.dtype, seen.x)

@@ -116,6 +116,7 @@ class HVAE(Pretrained, nn.Module):
     calibrated: Tensor
     subsets: Sequence[Subset]
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         decomp: Decomposition,
@@ -174,6 +175,7 @@ class HVAE(Pretrained, nn.Module):
                 pending = {}
         self.subsets = cast(Sequence[Subset], nn.ModuleList(subsets))
         self._set_sigma(sigma)
+        self._moments: list[BandMoments] | None = None
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
         self.config: dict[str, Any] = {
             "layers": layers if isinstance(layers, int) else list(layers),
@@ -445,10 +447,9 @@ class HVAE(Pretrained, nn.Module):
         with full_precision(seen.x.device):
             bands = seen.targets if seen.targets is not None else self.decomp.analysis(seen.x)
         moments = [BandMoments.of(band) for band in bands]
-        if batches:
-            past = [(subset.centre.double(), float(subset.unit)) for subset in self.subsets]
-            before = [BandMoments(batches * len(seen.x), m, u**2 + float(m.square().mean())) for m, u in past]
-            moments = [a + b for a, b in zip(before, moments, strict=True)]
+        if batches and self._moments is not None:
+            moments = [a + b for a, b in zip(self._moments, moments, strict=True)]
+        self._moments = moments if batches + 1 < _WARM_UP_BATCHES else None
         self._standardise(moments)
         self.calibrated.fill_(batches + 1)
 

@@ -189,8 +189,12 @@ def masks_of(decomp: Decomposition, project: Callable[[Tensor], Tensor]) -> list
     check_instance("decomp", decomp, Decomposition)
     check_callable("project", project, "(signals) -> signals")
     generator = torch.Generator().manual_seed(0)
-    shapes = decomp.band_shapes.values()
-    bands = [torch.randn(1, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    device = next((t.device for t in [*decomp.parameters(), *decomp.buffers()]), torch.device("cpu"))
+    drawn = (
+        torch.randn(1, *shape, generator=generator, device="cpu", dtype=torch.float64)
+        for shape in decomp.band_shapes.values()
+    )
+    bands = [band.to(device) for band in drawn]
     kept = decomp.analysis(project(decomp.synthesis(bands)))
     masks = [(k / h) > 0.5 for k, h in zip(kept, bands, strict=True)]
     pairs = list(zip(kept, bands, masks, strict=True))
@@ -224,7 +228,7 @@ def _mask(index: int, mask: Tensor | None, band: Tensor | None) -> Tensor | None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"masks[{index}] must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     try:
-        return mask.expand_as(band)
+        return mask.to(band.device).expand_as(band)
     except RuntimeError:
         raise ValueError(
             f"masks[{index}] must broadcast to its band's shape {tuple(band.shape)}, got {tuple(mask.shape)}"

@@ -80,7 +80,7 @@ class Measurement(DataTerm):
             raise TypeError(f"y must be a real or complex tensor, got {getattr(y, 'dtype', type(y).__name__)}")
         if y.ndim < 2 or not len(y):
             raise ValueError(f"y must hold at least one sample, batch first, got shape {tuple(y.shape)}")
-        if isinstance(operator, Physics):
+        if isinstance(operator, Physics) and callable(operator.A):
             noise = noise_of(operator) if noise is None else noise
             adjoint, operator = adjoint or getattr(operator, "A_adjoint", None), operator.A
         elif not callable(operator):

@@ -210,7 +210,7 @@ def norm(a: Tensor) -> Tensor:
 
 def real(y: Tensor) -> Tensor:
     """Complex measurements as real ones, with a last axis of two; real ones as they are."""
-    return torch.view_as_real(y) if y.is_complex() else y
+    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
 
 
 def size_type(y: Tensor) -> torch.dtype:

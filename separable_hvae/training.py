@@ -171,6 +171,11 @@ def fit(
     _check_options(given)
     if accelerator is not None:
         check_instance("accelerator", accelerator, Accelerator)
+        if accelerator.scaler is not None or accelerator.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "accelerator must have mixed_precision 'no' or 'bf16' and gradient_accumulation_steps 1, got "
+                f"{accelerator.mixed_precision!r} and {accelerator.gradient_accumulation_steps}"
+            )
     accelerator = accelerator or Accelerator()
     device, world, main = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     model.to(device)

@@ -250,3 +250,19 @@ def test_tf32_needs_a_gpu() -> None:
     model = few()
     with pytest.raises(ValueError, match="precision 'tf32' needs a CUDA device, got cpu"):
         MAPRefiner(1, precision="tf32")(model, signal(model.decomp))
+
+
+def test_pointwise_weights_of_channels_last_models_are_given_plain_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(graph: Any, inputs: list[Tensor]) -> Any:
+        assert all(t.stride() == torch.empty(t.shape).stride() for t in inputs if t.is_contiguous())
+        return graph
+
+    monkeypatch.setattr("torch._inductor.compile", compiled)
+    model = tiny(Identity(4, 1, [2, 4]))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x, execution = torch.randn(2, 1, 4, 4), Compiled()
+    assert_same(MAPRefiner(2, execution=execution)(model, x), MAPRefiner(2)(model, x), 1e-5)
+    count = len(execution._compiled)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    assert_same(MAPRefiner(2, execution=execution)(model, x), MAPRefiner(2)(model, x), 1e-5)
+    assert len(execution._compiled) >= count > 0

@@ -15,6 +15,7 @@ from separable_hvae import (
     HVAE,
     Decomposition,
     FFT1Complex,
+    FFT1Real,
     FFT2Complex,
     FFT2Real,
     FFT3Complex,
@@ -640,3 +641,26 @@ def test_losses_of_several_batches_share_a_backward() -> None:
     model = tiny(FFT2Real(8)).train()
     x = signal(model.decomp, dtype=torch.float32)
     (model.loss(x) + model.loss(2 * x)).backward()
+
+
+def test_warm_up_batches_of_one_signal() -> None:
+    torch.manual_seed(0)
+    model, data = tiny(FFT1Real(4)).train(), 0.01 * torch.randn(16, 1, 4)
+    for x in data:
+        model(x[None])
+    exact = [float(h.std(0, correction=0).square().mean().sqrt()) for h in model.decomp.analysis(data)]
+    assert [float(s.unit) for s in model.subsets] == pytest.approx(exact, rel=0.5)
+
+
+def test_lazily_conjugated_signals() -> None:
+    model, x = tiny(FFT1Complex(4)), torch.randn(2, 1, 4, dtype=torch.complex64)
+    torch.testing.assert_close(
+        model.encode(x.conj()).reconstruction, model.encode(x.conj().resolve_conj()).reconstruction
+    )
+
+
+def test_a_model_built_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        model = tiny(FFT1Real(4))
+    model.loss(torch.randn(2, 1, 4)).backward()
+    assert all(p.grad is not None for p in model.encoder.parameters())

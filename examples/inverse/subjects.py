@@ -110,6 +110,6 @@ def trained(images: Tensor, folder: Path, steps: int) -> tuple[HVAE, HVAE]:
 
 def vary(x: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of complex images and turn the phase of each."""
-    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5, x.flip(-1), x)
-    angle = 2 * torch.pi * torch.rand(len(x), 1, 1, 1, generator=generator)
-    return x * torch.polar(torch.ones_like(angle), angle)
+    from setups import flip, phase
+
+    return phase(flip(x, generator), generator)

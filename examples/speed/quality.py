@@ -71,7 +71,7 @@ def trained(name: str, train: Tensor, seconds: float, folder: Path) -> HVAE:
     model.to(memory_format=torch.channels_last)
     fit(model, train, time_budget=seconds, batch_size=32, learning_rate=8e-3, clock=time.process_time)
     model.save_pretrained(path)
-    return model
+    return HVAE.from_pretrained(path)
 
 
 def numbers(result: Result, x: Tensor) -> dict[str, Tensor]:

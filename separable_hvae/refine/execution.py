@@ -8,6 +8,8 @@ Compiled and recorded pieces are kept by what they compute and by the shapes of 
 long as the execution lives. Nothing is compiled unless it is asked for.
 """
 
+import math
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -87,6 +89,11 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return pool
 
 
+if hasattr(os, "register_at_fork"):
+    # A forked process has the pools without their threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
 class Compiled(Execution):
     """Compile each piece, its gradient included, on first use: minutes for deep models, then less time a step.
 
@@ -110,7 +117,9 @@ class Compiled(Execution):
         call = call._replace(moving=[z.contiguous() for z in call.moving], held=[_dense(t) for t in call.held])
         tensors = [*call.moving, *call.held]
         layouts = tuple(tuple(step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1) for t in tensors)
-        key = (method, call.piece, len(call.moving), _signature(tensors), layouts, _precision())
+        model = call.piece.objective.model
+        weights = tuple((t.dtype, t.device, t.stride()) for t in [*model.parameters(), *model.buffers()])
+        key = (method, call.piece, len(call.moving), _signature(tensors), layouts, weights, _precision())
         if key not in self._compiled:
             self._compiled[key] = _compile(method, call)
         return self._compiled[key](call)
@@ -135,7 +144,7 @@ def _compile(method: str, call: Call) -> Callable[[Call], Any]:
         structure[:] = [spec]
         return leaves
 
-    inputs = [t.detach() for t in [*weights.values(), *call.moving, *call.held]]
+    inputs = [_plain(t.detach()) for t in [*weights.values(), *call.moving, *call.held]]
     with torch.no_grad():
         try:
             graph = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
@@ -161,7 +170,7 @@ def _compile(method: str, call: Call) -> Callable[[Call], Any]:
         given = [*call.moving, *call.held]
         with torch.no_grad():
             # Weights are looked up anew: they may have been replaced since.
-            leaves = compiled(*[own[key] for own, key in read], *[given[i].detach() for i in rest])
+            leaves = compiled(*[_plain(own[key]) for own, key in read], *[_plain(given[i].detach()) for i in rest])
         return pytree.tree_unflatten(list(leaves), structure[0])
 
     return run
@@ -286,6 +295,14 @@ def _dense(tensor: Tensor) -> Tensor:
     if channels_last is not None and tensor.is_contiguous(memory_format=channels_last):
         return tensor
     return tensor.contiguous()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor with the usual strides on axes of one point, where any would do: compilers take them literally."""
+    if not tensor.is_contiguous():
+        return tensor
+    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim)]
+    return tensor.detach().as_strided(tensor.shape, strides)
 
 
 def _signature(tensors: Sequence[Tensor]) -> Hashable:
