@@ -116,7 +116,6 @@ class HVAE(Pretrained, nn.Module):
     calibrated: Tensor
     subsets: Sequence[Subset]
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         decomp: Decomposition,

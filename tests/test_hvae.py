@@ -657,10 +657,3 @@ def test_lazily_conjugated_signals() -> None:
     torch.testing.assert_close(
         model.encode(x.conj()).reconstruction, model.encode(x.conj().resolve_conj()).reconstruction
     )
-
-
-def test_a_model_built_in_inference_mode_can_be_trained() -> None:
-    with torch.inference_mode():
-        model = tiny(FFT1Real(4))
-    model.loss(torch.randn(2, 1, 4)).backward()
-    assert all(p.grad is not None for p in model.encoder.parameters())
