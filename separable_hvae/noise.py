@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from separable_hvae.checks import check_number
 from separable_hvae.decomposition import check_finite
 
 _FEWEST_COUNTS = 0.1
@@ -55,7 +56,7 @@ class GaussianNoise(Noise):
     sigma: float
 
     def __post_init__(self) -> None:
-        _check("sigma", self.sigma, least=0.0)
+        check_number("sigma", self.sigma, "at least 0 and finite")
 
     @override
     def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class LaplaceNoise(Noise):
     sigma: float
 
     def __post_init__(self) -> None:
-        _check("sigma", self.sigma, least=0.0)
+        check_number("sigma", self.sigma, "at least 0 and finite")
 
     @override
     def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class PoissonNoise(Noise):
     gain: float
 
     def __post_init__(self) -> None:
-        _check("gain", self.gain, least=math.ulp(0.0))
+        check_number("gain", self.gain, "positive and finite")
 
     @override
     def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
@@ -123,11 +124,3 @@ class PoissonNoise(Noise):
             raise TypeError(f"PoissonNoise is for real measurements, got y of {y.dtype}")
         if bool((y < 0).any()):
             raise ValueError(f"y must not be negative under PoissonNoise, got a least value of {float(y.min()):g}")
-
-
-def _check(name: str, value: float, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not least <= value < math.inf:
-        allowed = "positive" if least > 0 else "at least 0"
-        raise ValueError(f"{name} must be {allowed} and finite, got {value}")

@@ -6,13 +6,13 @@ Eq. 7 of the paper prints the first term without its minus; its text, and MAP, n
 is one of :mod:`separable_hvae.data_terms`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from separable_hvae.checks import check_number
 from separable_hvae.data_terms import Misfit
 from separable_hvae.hvae import HVAE
 from separable_hvae.subset import SubsetPass
@@ -74,12 +74,12 @@ class Objective:
         return self.guidance[self.model.scales.index(scale)]
 
 
-def by_scale(name: str, value: ByScale, scales: Sequence[int], *, least: float = 0.0) -> dict[int, float]:
+def by_scale(name: str, value: ByScale, scales: Sequence[int]) -> dict[int, float]:
     """Read a setting that is one number or given by scale.
 
     Raises:
         TypeError: If an entry is no number.
-        ValueError: If an entry is below ``least`` or not finite, a mapping names an unknown scale or
+        ValueError: If an entry is negative or not finite, a mapping names an unknown scale or
             leaves one out, or a sequence has another length than ``scales``.
     """
     if isinstance(value, Mapping):
@@ -93,13 +93,5 @@ def by_scale(name: str, value: ByScale, scales: Sequence[int], *, least: float =
     else:
         values = [value] * len(scales)
     for v in values:
-        check_number(name, v, least)
+        check_number(name, v, "at least 0 and finite")
     return dict(zip(scales, values, strict=True))
-
-
-def check_number(name: str, value: float, least: float) -> None:
-    """Raise unless ``value`` is a finite number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not least <= value < math.inf:
-        raise ValueError(f"{name} must be at least {least:g} and finite, got {value}")

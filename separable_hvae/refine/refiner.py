@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
-from separable_hvae.checks import check_callable, check_flag, check_generator
+from separable_hvae.checks import check_callable, check_flag, check_generator, check_number
 from separable_hvae.data_terms import DataTerm, Loss, Signal, absolute_error, check_loss
 from separable_hvae.hvae import HVAE, Result
-from separable_hvae.objective import ByScale, by_scale, check_number
+from separable_hvae.objective import ByScale, by_scale
 from separable_hvae.refine.execution import EXECUTIONS, Execution
 from separable_hvae.refine.history import Iterate, Recorder
 from separable_hvae.refine.named import named
@@ -85,7 +85,7 @@ class Refiner(ABC):
         check_by_scale("guidance", guidance)
         for name, value in {"tolerance": tolerance, "budget": budget}.items():
             if value is not None:
-                check_number(name, value, 0.0)
+                check_number(name, value, "at least 0 and finite")
         if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
             raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}")
         if batch_size is not None and batch_size < 1:
