@@ -14,6 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from threading import Barrier
 from typing import Any, cast
@@ -103,7 +104,7 @@ class Compiled(Execution):
     """
 
     def __init__(self) -> None:
-        self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        self._compiled: dict[Hashable, _CompiledCall] = {}
 
     @override
     def gradients(self, calls: Sequence[Call]) -> list[Gradient]:
@@ -117,15 +118,47 @@ class Compiled(Execution):
         call = call._replace(moving=[z.contiguous() for z in call.moving], held=[_dense(t) for t in call.held])
         tensors = [*call.moving, *call.held]
         layouts = tuple(tuple(step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1) for t in tensors)
-        model = call.piece.objective.model
-        weights = tuple((t.dtype, t.device, t.stride()) for t in [*model.parameters(), *model.buffers()])
-        key = (method, call.piece, len(call.moving), _signature(tensors), layouts, weights, _precision())
-        if key not in self._compiled:
+        key = (method, call.piece, len(call.moving), _signature(tensors), layouts, _precision())
+        if key not in self._compiled or not self._compiled[key].fits():
             self._compiled[key] = _compile(method, call)
         return self._compiled[key](call)
 
 
-def _compile(method: str, call: Call) -> Callable[[Call], Any]:
+@dataclass(frozen=True)
+class _CompiledCall:
+    """Compiled code with what it reads.
+
+    Attributes:
+        code: Maps tensors to the leaves of the result.
+        weights: Where the model keeps those that the code reads: they may be replaced.
+        kinds: Their dtypes, devices and strides when the code was compiled.
+        rest: Numbers of the call's tensors that the code reads.
+        structure: Puts the leaves together.
+    """
+
+    code: Callable[..., Any]
+    weights: list[tuple[dict[str, Any], str]]
+    kinds: list[Hashable]
+    rest: list[int]
+    structure: Any
+
+    def fits(self) -> bool:
+        """Whether the weights still have the layout that the code was compiled for."""
+        return self.kinds == [_kind(own[key]) for own, key in self.weights]
+
+    def __call__(self, call: Call) -> Any:
+        given = [*call.moving, *call.held]
+        with torch.no_grad():
+            tensors = [*[own[key] for own, key in self.weights], *[given[i] for i in self.rest]]
+            leaves = self.code(*[_plain(t.detach()) for t in tensors])
+        return pytree.tree_unflatten(list(leaves), self.structure)
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.dtype, tensor.device, tensor.stride()
+
+
+def _compile(method: str, call: Call) -> _CompiledCall:
     """Trace a call to a graph of tensors in, tensors out, weights among the inputs, and compile it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -166,14 +199,7 @@ def _compile(method: str, call: Call) -> Callable[[Call], Any]:
     read = [places[i] for i in used if i < len(places)]
     rest = [i - len(places) for i in used if i >= len(places)]
 
-    def run(call: Call) -> Any:
-        given = [*call.moving, *call.held]
-        with torch.no_grad():
-            # Weights are looked up anew: they may have been replaced since.
-            leaves = compiled(*[_plain(own[key]) for own, key in read], *[_plain(given[i].detach()) for i in rest])
-        return pytree.tree_unflatten(list(leaves), structure[0])
-
-    return run
+    return _CompiledCall(compiled, read, [_kind(own[key]) for own, key in read], rest, structure[0])
 
 
 def _weight_slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
@@ -301,8 +327,8 @@ def _plain(tensor: Tensor) -> Tensor:
     """The tensor with the usual strides on axes of one point, where any would do: compilers take them literally."""
     if not tensor.is_contiguous():
         return tensor
-    strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim)]
-    return tensor.detach().as_strided(tensor.shape, strides)
+    strides = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim))
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 def _signature(tensors: Sequence[Tensor]) -> Hashable:
