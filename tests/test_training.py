@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -272,6 +273,56 @@ def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+class Fail:
+    """An augmentation that raises at some batch."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        self.at, self.error, self.count = at, error, 0
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        self.count += 1
+        if self.count == self.at:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.999])
+@pytest.mark.parametrize("error", [RuntimeError("no such file"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_a_run_that_fails_leaves_what_was_learnt(tmp_path: Path, error: BaseException, ema: float) -> None:
+    failed, stopped, whole = fresh(), fresh(), fresh()
+    with pytest.raises(type(error)) as caught:
+        train(failed, augment=Fail(4, error), ema=ema, checkpoint=tmp_path, checkpoint_every=1e-9)
+    assert caught.value is error
+    train(stopped, augment=Interrupt(3), ema=ema)
+    assert same(weights(failed), weights(stopped))
+    assert not failed.training
+    assert all(p.grad is None and p.requires_grad for p in failed.parameters())
+    # From its last checkpoint the run goes on as if nothing had happened.
+    train(failed, ema=ema, checkpoint=tmp_path)
+    train(whole, ema=ema)
+    assert same(weights(failed), weights(whole))
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_the_weights() -> None:
+    model = fresh()
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    with pytest.raises(RuntimeError):
+        train(model, augment=Fail(1, RuntimeError()))
+    assert same(before, dict(model.named_parameters()))
+    assert not model.training
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_refused_run_leaves_the_mode(tmp_path: Path, training: bool) -> None:
+    train(fresh(), checkpoint=tmp_path, steps=2)
+    model = fresh(width=8).train(training)
+    before = weights(model)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        train(model, checkpoint=tmp_path, steps=2)
+    assert model.training == training
+    assert same(weights(model), before)
+
+
 def test_training_in_a_thread() -> None:
     with ThreadPoolExecutor() as pool:
         assert pool.submit(train, fresh(), steps=2).result().steps == 2
@@ -463,6 +514,8 @@ def test_a_gradient_that_stays_infinite_ends_the_run() -> None:
     model = fresh()
     with pytest.raises(FloatingPointError, match="not finite 4 times in a row, at step 5"):
         train(model, augment=Blow(after=2))
+    assert not model.training
+    assert math.isfinite(evaluate(model, waves())["loss"])
     # A few of them pass.
     report = train(fresh(), augment=Blow(after=2, until=5))
     assert report.records[-1]["skipped"] == 3
@@ -582,23 +635,33 @@ def test_evaluate_against_direct_computation(is_complex: bool) -> None:
 # Mixed precision and several processes.
 
 
-def test_bfloat16() -> None:
+@contextmanager
+def bfloat16() -> Iterator[Any]:
+    """An accelerator for bf16, whose setting is forgotten afterwards."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        model, plain = fresh(), fresh()
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-        half = train(model, steps=15, accelerator=accelerator)
+        yield Accelerator(cpu=True, mixed_precision="bf16")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_bfloat16() -> None:
+    model, plain = fresh(), fresh()
+    with bfloat16() as accelerator:
+        half = train(model, steps=15, accelerator=accelerator)
     full = train(plain, steps=15)
     losses, expected = ([r["loss"] for r in report.records] for report in (half, full))
     assert losses[0] != expected[0]
     assert losses == pytest.approx(expected, rel=0.2, abs=0.5)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    # The model that comes back computes in full precision.
+    assert_full_precision(model)
+
+
+def assert_full_precision(model: HVAE) -> None:
+    """The model's own forward is back: no cast of accelerate's is left around it."""
     before = model.encode(waves()).reconstruction
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(model.encode(waves()).reconstruction, before)
@@ -606,6 +669,14 @@ def test_bfloat16() -> None:
         model(waves(), seeded()).reconstruction,
         model.encode(waves(), temperature=1.0, generator=seeded()).reconstruction,
     )
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_run_that_fails_in_bfloat16_gives_full_precision_back(at: int) -> None:
+    model = fresh()
+    with bfloat16() as accelerator, pytest.raises(RuntimeError, match="no such file"):
+        train(model, accelerator=accelerator, augment=Fail(at, RuntimeError("no such file")))
+    assert_full_precision(model)
 
 
 TWO_PROCESSES = """
