@@ -71,13 +71,12 @@ class Batches:
     def _indices(self, first: int) -> Iterator[Tensor]:
         stride = self.batch * self.world
         per_epoch = max(self.count // stride, 1)
-        order, epoch = torch.empty(0), -1
+        order, epoch = torch.empty(0, device="cpu"), -1
         for k in range(first, 2**62):
             if k // per_epoch != epoch:
                 epoch = k // per_epoch
-                order = torch.randperm(
-                    self.count, generator=torch.Generator().manual_seed(mix(self.seed, epoch, 1 << 20))
-                )
+                generator = torch.Generator().manual_seed(mix(self.seed, epoch, 1 << 20))
+                order = torch.randperm(self.count, generator=generator, device="cpu")
             begin = (k % per_epoch) * stride + self.rank * self.batch
             yield order[begin : begin + self.batch]
 
@@ -87,7 +86,7 @@ class Batches:
             for index in self._indices(step):
                 yield self.data[index.to(self.data.device)]
         else:
-            yield from DataLoader(
+            loader = DataLoader(
                 self.data,
                 batch_sampler=cast(Any, _Forward(self._indices(step))),
                 collate_fn=_Join(self.decomp),
@@ -95,6 +94,9 @@ class Batches:
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator().manual_seed(mix(self.seed, step, 2 << 20)),
             )
+            with torch.device("cpu"):  # Where its generator is.
+                loaded = iter(loader)
+            yield from loaded
 
 
 @dataclass

@@ -91,7 +91,7 @@ class TrainingState:
                 changed then.
         """
         try:
-            with safe_open(path, framework="pt") as file:
+            with torch.device("cpu"), safe_open(path, framework="pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
             counters, settings = json.loads(metadata["counters"]), json.loads(metadata["settings"])

@@ -45,8 +45,9 @@ def evaluate(model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0)
 
 
 def _measure(model: HVAE, data: Tensor, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
-    loss, mse, mse_mean, layers = 0.0, 0.0, 0.0, torch.zeros(model.depth, dtype=torch.float64)
-    residuals = torch.zeros(len(model.subsets), dtype=torch.float64)
+    loss, mse, mse_mean, cpu = 0.0, 0.0, 0.0, torch.device("cpu")
+    layers = torch.zeros(model.depth, dtype=torch.float64, device=cpu)
+    residuals = torch.zeros(len(model.subsets), dtype=torch.float64, device=cpu)
     units: list[Tensor] = []
     for start in range(0, len(data), batch_size):
         x = model.decomp.check_signal(data[start : start + batch_size].to(model.start.device))
@@ -57,7 +58,7 @@ def _measure(model: HVAE, data: Tensor, batch_size: int, generator: torch.Genera
         loss -= float(result.elbo.double().sum())
         layers += result.kl.double().sum(0).cpu()
         mse += float(_squares(result.reconstruction, x))
-        residual = torch.tensor(band_residuals(model, result.reconstruction - x), dtype=torch.float64)
+        residual = residuals.new_tensor(band_residuals(model, result.reconstruction - x))
         residuals += len(x) * residual.square()
         means = model.top_down([None] * model.depth, len(x), seen, temperature=0.0)
         mse_mean += float(_squares(model.result(means, x.dtype).reconstruction, x))

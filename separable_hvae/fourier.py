@@ -69,10 +69,10 @@ class _Packing(nn.Module):
             doubled.append(np.concatenate([pair[two], pair[two], pair[~two]]))
             start += len(slots)
         self.sizes = [len(g) for g in gather]
-        self.register_buffer("gather", torch.from_numpy(np.concatenate(gather)), persistent=False)
-        self.register_buffer("doubled", torch.from_numpy(np.concatenate(doubled)), persistent=False)
-        self.register_buffer("source", torch.from_numpy(source), persistent=False)
-        self.register_buffer("sign", torch.from_numpy(sign), persistent=False)
+        self.register_buffer("gather", torch.as_tensor(np.concatenate(gather)), persistent=False)
+        self.register_buffer("doubled", torch.as_tensor(np.concatenate(doubled)), persistent=False)
+        self.register_buffer("source", torch.as_tensor(source), persistent=False)
+        self.register_buffer("sign", torch.as_tensor(sign), persistent=False)
 
     def _place(self, k: Bins) -> Bins:
         wrapped = [k[:, d] % n for d, n in enumerate(self.points)]

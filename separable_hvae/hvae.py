@@ -151,6 +151,7 @@ class HVAE(Pretrained, nn.Module):
             gain=gain,
         )
         self.start = nn.Parameter(torch.zeros(1, width, *self.decomp.grid(self.scales[0])))
+        self.decomp.to(self.start.device)
         make_head = _head_class(head)
         subsets: list[Subset] = []
         pending: dict[int, int] = {}

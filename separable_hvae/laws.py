@@ -65,7 +65,7 @@ def measure_laws(decomp: "Decomposition", dtype: torch.dtype) -> LawReport:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64).to(device, dtype)
 
     def signal() -> Tensor:
         shape = (3, decomp.channels, *decomp.size)

@@ -25,6 +25,8 @@ from separable_hvae.options import Options
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_COUNTING = torch.device("cpu")
+"""Steps are counted in tensors, which would be on the default device: on an accelerator reading them waits."""
 _AUGMENTED = "the batch that augment returns"
 
 
@@ -79,7 +81,8 @@ class Learner:
     ) -> None:
         self.model, self.options, self.accelerator = model, options, accelerator
         self._optimizer = torch.optim.AdamW(_decay_groups(model, options.weight_decay), lr=options.learning_rate)
-        self._averaged = AveragedModel(model, multi_avg_fn=_ema_update(options.ema))
+        with _COUNTING:
+            self._averaged = AveragedModel(model, multi_avg_fn=_ema_update(options.ema))
         self.average = cast(HVAE, self._averaged.module).eval()
         settings = {"seed": options.seed, "batch_size": options.batch_size, "processes": accelerator.num_processes}
         settings |= {**fingerprint, **(options.settings or {})}
@@ -121,7 +124,8 @@ class Learner:
         self.accelerator.backward(result.data.mean() / numel + options.kl_weight(done) * kl / numel)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), options.clip * state.typical_norm))
         if not state.judge(norm, options.skip):
-            self._wrapped_optimizer.step()
+            with _COUNTING:
+                self._wrapped_optimizer.step()
         self._wrapped_optimizer.zero_grad()
         state.step += 1
         self._averaged.update_parameters(self.model)

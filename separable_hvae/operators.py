@@ -243,7 +243,7 @@ def _called(name: str, function: Map, x: Tensor, given: Sequence[Tensor]) -> Ten
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """One random draw, the same for every sample."""
-    drawn = torch.randn(like[:1].shape, generator=generator, dtype=like.dtype)
+    drawn = torch.randn(like[:1].shape, generator=generator, device=generator.device, dtype=like.dtype)
     return drawn.to(like.device).expand_as(like)
 
 

@@ -49,7 +49,8 @@ def draw(model: HVAE, unknown: Sequence[int], generator: torch.Generator) -> lis
     """One draw of every band around its mean, ``(1, *band_shape)``, zero for bands that are not ``unknown``."""
     bands = []
     for i, (subset, unit) in enumerate(zip(model.subsets, deviations(model), strict=True)):
-        noise = torch.randn((1, *subset.centre.shape), generator=generator, dtype=torch.float64)
+        shape, device = (1, *subset.centre.shape), generator.device
+        noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
         bands.append((unit * noise if i in unknown else 0 * noise).to(subset.centre.device, precision(model)))
     return bands
 

@@ -116,7 +116,7 @@ class Pretrained(nn.Module):
         folder = _folder(source, revision)
         settings, tensors = sealed.read(folder)
         # Parameters made in inference mode could not be trained; loading is no draw of random numbers.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             try:
                 model = cls._build(settings, classes, trust_import_paths)
             except Exception as error:

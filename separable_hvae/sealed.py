@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         except ValueError:
             raise error from None
     try:
-        with safe_open(weights, framework="pt") as file:
+        with torch.device("cpu"), safe_open(weights, framework="pt") as file:
             return settings, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{weights} is no safetensors file: {error}") from error

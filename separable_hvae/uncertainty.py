@@ -47,9 +47,9 @@ def posterior_draws(
     check_generator(generator)
     if not refiner.sample or not isinstance(refiner.init, str):
         raise ValueError("refiner must start from draws: pass one with sample=True, from the posterior or the prior")
-    many = known.rows(torch.arange(len(known)).repeat(n))
+    many = known.rows(torch.arange(len(known), device="cpu").repeat(n))
     decoded = refiner(model, many, generator).reconstruction
     if generator is None:
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
     drawn = many.correct(model, decoded, generator)
     return drawn.reshape(n, len(known), *drawn.shape[1:])

@@ -30,7 +30,7 @@ _MAX_DEFECT = 1e-6
 @lru_cache(maxsize=256)
 def _matrix(wavelet: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The orthogonal matrix W_n, sparse for large n. Not a buffer: a cast would break its accuracy."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         filters = WaveletTensorTuple.from_wavelet(pywt.Wavelet(wavelet), torch.float64)
         length = len(filters.dec_lo)
         k, j = torch.meshgrid(torch.arange(n // 2), torch.arange(length), indexing="ij")
@@ -223,7 +223,7 @@ def orthogonality_defect(wavelet: str) -> float:
     """Largest entry of ``W W^T - I`` for a wavelet's periodized matrix, 0 for exact orthogonal filters."""
     n = 2 * pywt.Wavelet(wavelet).dec_len
     matrix = _matrix(wavelet, n, torch.float64, torch.device("cpu")).to_dense()
-    return float((matrix @ matrix.T - torch.eye(n, dtype=torch.float64)).abs().max())
+    return float((matrix @ matrix.T - torch.eye(n, dtype=torch.float64, device="cpu")).abs().max())
 
 
 class Wavelet1(_Wavelet):
