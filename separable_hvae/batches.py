@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from separable_hvae.decomposition import Decomposition, check_finite
+from separable_hvae.decomposition import Decomposition, check_finite, pack
 from separable_hvae.hvae import HVAE
+
+_LOOKED_AT = 64
 
 
 class Batches:
@@ -25,7 +27,8 @@ class Batches:
         world: Number of processes.
 
     Attributes:
-        fingerprint: Number and checksum of the signals; of a dataset's, the checksum of the first 64.
+        fingerprint: Number and checksum of the signals; of a dataset's, the checksum of the first 64, or
+            ``None`` where these change from one look to the next, as random transforms make them.
 
     Raises:
         TypeError: If the data are neither a tensor nor a map-style dataset, or their dtype does not fit.
@@ -59,14 +62,23 @@ class Batches:
                 f"data must hold more than {batch_size * (world - 1)} signals, so that each of {world} processes "
                 f"has some in its batches of {batch_size}, got {self.count}"
             )
-        known = self.data if isinstance(self.data, Tensor) else self.some(64)
-        self.fingerprint = {"count": self.count, "checksum": checksum(known)}
+        looks = [checksum(self.data)] if isinstance(self.data, Tensor) else [self._look(), self._look()]
+        self.fingerprint = {"count": self.count, "checksum": looks[0] if looks[0] == looks[-1] else None}
 
-    def some(self, n: int) -> Tensor:
-        """The first signals, at most ``n``."""
+    def first(self, n: int) -> Iterator[Tensor]:
+        """The first signals, at most ``n``, in batches."""
         if isinstance(self.data, Tensor):
-            return self.data[:n]
-        return _Join(self.decomp)([self.data[i] for i in range(min(n, self.count))])
+            yield from self.data[:n].split(self.batch)
+            return
+        for numbers in torch.arange(min(n, self.count), device="cpu").split(self.batch):
+            yield _Join(self.decomp)([self.data[i] for i in numbers.tolist()])
+
+    def _look(self) -> int:
+        """Checksum of the first signals of a dataset."""
+        total = place = 0
+        for batch in self.first(_LOOKED_AT):
+            total, place = total + checksum(batch, place), place + pack(batch).numel()
+        return total % 2**64
 
     def _indices(self, first: int) -> Iterator[Tensor]:
         stride = self.batch * self.world
@@ -142,17 +154,21 @@ def mix(*numbers: int) -> int:
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def checksum(x: Tensor) -> int:
+def checksum(x: Tensor, place: int = 0) -> int:
     """A number of 64 bits that changes with any bit of ``x`` and its place, the same on every device.
 
     It is Σ_i (2 i' + 1) b_i modulo 2^64 over the entries' bits b, where i' is i spread over 63 bits: exact
-    integer arithmetic, so no order of summation matters.
+    integer arithmetic, so no order of summation matters, and checksums of parts add up.
+
+    Args:
+        x: Real or complex numbers.
+        place: Real entries that come before those of ``x``.
     """
     bits = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).detach().contiguous().flatten()
     bits = bits.view(_BITS[bits.itemsize])
     total = 0
     for start in range(0, len(bits), 1 << 22):
         part = bits[start : start + (1 << 22)].long()
-        place = torch.arange(start, start + len(part), device=x.device) * 0x1E3779B97F4A7C15
-        total += int(((2 * place + 1) * part).sum())
+        i = torch.arange(place + start, place + start + len(part), device=x.device) * 0x1E3779B97F4A7C15
+        total += int(((2 * i + 1) * part).sum())
     return total % 2**64

@@ -90,7 +90,8 @@ def fit(
 
     Args:
         model: The model, changed in place and moved to the accelerator's device.
-        data: Signals ``(N, C, *size)``, kept on the device as a whole, or a map-style dataset of signals.
+        data: Signals ``(N, C, *size)``, kept on the device as a whole, or a map-style dataset of signals, whose
+            own random transforms a resumed run does not repeat, see below.
         steps: Optimizer steps; give this or ``time_budget``, or both: the first to be reached ends the run.
         time_budget: Seconds of training in all, over interruptions.
         batch_size: Signals in each step, on each process.
@@ -117,6 +118,11 @@ def fit(
         progress: Whether to show a progress bar.
         accelerator: An ``accelerate.Accelerator`` for mixed precision or several processes.
         clock: Clock of ``time_budget``.
+
+    A resumed run is exact: weights, batches, noise and what ``augment`` draws from its generator are those of
+    a run that never stopped. What a dataset draws of its own accord, in random transforms, is not: its signals
+    come in the same order, transformed anew. Its checkpoint then knows the number of its signals, but not
+    whether they are the same. Transforms that should repeat belong into ``augment``.
 
     Returns:
         The report. Ctrl-C and SIGTERM end the run after the step at hand: a checkpoint is written, and the
@@ -150,7 +156,7 @@ def fit(
     file = options.file
     resumed = file is not None and file.exists()
     if not resumed and not int(model.calibrated):
-        model.calibrate(batches.some(_CALIBRATED_ON))
+        model.calibrate(batches.first(_CALIBRATED_ON))
     learner = Learner(model, options, accelerator, batches.fingerprint)
     state = learner.state
     if file is not None and resumed:

@@ -241,6 +241,62 @@ def test_resuming_is_bit_identical(tmp_path: Path, as_dataset: bool, stops: list
     assert same(weights(whole), weights(parts))
 
 
+class Flipping(Waves):
+    """A data set that flips signals at random, and notes which ones are asked for."""
+
+    def __init__(self, signals: Tensor) -> None:
+        super().__init__(signals)
+        self.asked: list[int] = []
+
+    @override
+    def __getitem__(self, index: int) -> Tensor:
+        self.asked.append(index)
+        return self.signals[index].flip(-1) if torch.rand(()) < 0.5 else self.signals[index]
+
+
+def test_resuming_with_random_transforms(tmp_path: Path) -> None:
+    whole, parts = Flipping(waves()), Flipping(waves())
+    train(fresh(), whole, steps=9)
+    train(fresh(), parts, steps=9, checkpoint=tmp_path, augment=Interrupt(4))
+    stopped, resumed = len(parts.asked), fresh()
+    assert train(resumed, parts, steps=9, checkpoint=tmp_path).steps == 9
+    # After two looks, and in a new run the calibration, the order of signals is that of one run.
+    looks, new = 2 * 40, 3 * 40
+    trained = parts.asked[new : new + 4 * 8] + parts.asked[stopped + looks :][: 5 * 8]
+    assert trained == whole.asked[new : new + 9 * 8]
+    with pytest.raises(ValueError, match=r"settings or data .*: {'count': \(40, 39\)}"):
+        train(fresh(), Flipping(waves(39)), steps=9, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"settings or data .*: {'checksum': \(None, \d+\)}"):
+        train(fresh(), Waves(waves()), steps=9, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+@pytest.mark.parametrize("size", [8, 64])
+def test_the_first_signals_come_in_batches(as_dataset: bool, size: int) -> None:
+    data = waves(40)
+    batches = Batches(fresh(), Waves(data) if as_dataset else data, size, 0, 0, 0, 1)
+    for n in (1, 20, 40, 4096):
+        first = list(batches.first(n))
+        assert torch.equal(torch.cat(first), data[:n])
+        assert max(map(len, first)) <= size
+    assert batches.fingerprint == {"count": 40, "checksum": checksum(data)}
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_calibration_holds_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch, as_dataset: bool) -> None:
+    model, sizes = fresh(), list[int]()
+    analysis = model.decomp.analysis
+
+    def spy(x: Tensor) -> list[Tensor]:
+        sizes.append(len(x))
+        return analysis(x)
+
+    monkeypatch.setattr(model.decomp, "analysis", spy)
+    train(model, Waves(waves()) if as_dataset else waves(), steps=1, batch_size=8)
+    assert sizes[:5] == [8] * 5
+    assert max(sizes) == 8
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_leaves_a_usable_model_and_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     model, handlers = fresh(), (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
