@@ -26,6 +26,8 @@ class TrainingState:
         self, model: HVAE, averaged: AveragedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
     ):
         self.model, self.averaged, self.optimizer = model, averaged, optimizer
+        # The optimizer's moments go by number: with other parameters trained they would be those of others.
+        self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         # As a file gives them back: tuples as lists, keys as strings.
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.step, self.seconds = 0, 0.0
@@ -68,7 +70,8 @@ class TrainingState:
             OSError: If it cannot be written, for example to a full disk; an earlier one stays as it was.
         """
         counters = {k: getattr(self, k) for k in ("step", "seconds", "norm", "in_a_row", "skipped")}
-        metadata = {"counters": json.dumps(counters), "settings": json.dumps(self.settings)}
+        parts = {"counters": counters, "settings": self.settings, "trained": self.trained}
+        metadata = {name: json.dumps(part) for name, part in parts.items()}
         content = save(self._tensors(), metadata)
         partial = path.with_suffix(".partial")
         try:
@@ -87,17 +90,18 @@ class TrainingState:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: If the file is damaged, or belongs to another model, data or setting; nothing has
-                changed then.
+            ValueError: If the file is damaged, belongs to another model, data or setting, or other
+                parameters were trained; nothing has changed then.
         """
         try:
             with torch.device("cpu"), safe_open(path, framework="pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
-            counters, settings = json.loads(metadata["counters"]), json.loads(metadata["settings"])
+            counters, settings, trained = (json.loads(metadata[k]) for k in ("counters", "settings", "trained"))
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no checkpoint of a training run: {error}") from error
         self._require_same_model(path, tensors)
+        self._require_same_trained(path, trained)
         if settings != self.settings:
             changed = _differences(settings, self.settings)
             raise ValueError(f"{path} belongs to a run with other settings or data (there, here): {changed}")
@@ -131,6 +135,19 @@ class TrainingState:
                 f"{path} belongs to another model: {len(differing)} parameters or buffers differ, the first is "
                 f"{k.removeprefix('model.')} with shape {there.get(k)} there and {here.get(k)} here"
             )
+
+    def _require_same_trained(self, path: Path, there: list[str]) -> None:
+        frozen = [name for name in there if name not in self.trained]
+        thawed = [name for name in self.trained if name not in there]
+        wanted = [f"{flag} for {_few(names)}" for flag, names in ((True, frozen), (False, thawed)) if names]
+        if wanted:
+            raise ValueError(
+                f"{path} belongs to a run that trained other parameters: requires_grad must be {' and '.join(wanted)}"
+            )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:

@@ -424,6 +424,45 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path, other: dict[str, Any], 
     assert same(weights(model), before)
 
 
+def frozen(*names: str) -> HVAE:
+    """A model of which what begins with these names is not trained."""
+    model = fresh()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(names))
+    return model
+
+
+@pytest.mark.parametrize("done", [0, 2])
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (("encoder.", "start"), r"True for start"),
+        (("encoder.scales.",), r"False for encoder\.stem\.weight, encoder\.stem\.bias"),
+        (
+            ("encoder.stem.", "start"),
+            r"True for start and False for (encoder\.scales\.\S+, ){2}encoder\.scales\.\S+ and \d+ more",
+        ),
+    ],
+    ids=["frozen", "thawed", "both"],
+)
+def test_a_checkpoint_of_other_trained_parameters_is_refused(
+    tmp_path: Path, names: tuple[str, ...], wanted: str, done: int
+) -> None:
+    with pytest.raises(InterruptedError):
+        train(frozen("encoder."), checkpoint=tmp_path, checkpoint_every=0, augment=Fail(done + 1, InterruptedError()))
+    model = frozen(*names)
+    model.calibrate(waves())
+    before = weights(model)
+    path = re.escape(str(tmp_path / "checkpoint.safetensors"))
+    with pytest.raises(ValueError, match=f"{path} belongs to .* other parameters: requires_grad must be {wanted}$"):
+        train(model, checkpoint=tmp_path)
+    assert same(weights(model), before)
+    model, whole = frozen("encoder."), frozen("encoder.")
+    train(model, checkpoint=tmp_path)
+    train(whole)
+    assert same(weights(model), weights(whole))
+
+
 @pytest.mark.parametrize("kept", [0, 4, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "checkpoint.safetensors"
