@@ -1,9 +1,13 @@
 """Pictures of results: what each scale adds, how reconstructions compare, how refinement went.
 
-Needs matplotlib (extra ``examples``). Every function returns a figure and leaves global state alone.
+Images are shown as they are, volumes by the three planes through their centre, and signals of one axis as
+curves over the original, pale behind them. Needs matplotlib (extra ``examples``). Every function returns a
+figure and leaves global state alone.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +18,29 @@ from separable_hvae.decomposition import Decomposition, check_finite
 from separable_hvae.refine import History
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from matplotlib.figure import Figure
 
 
 def progressive(decomp: Decomposition, bands: Sequence[Tensor], originals: Tensor) -> "Figure":
-    """Partial sums of the bands, coarse to fine, one signal a row (the paper's Fig. 3).
+    """Partial sums of the bands, coarse to fine (the paper's Fig. 3).
+
+    Images and volumes have one signal a row, curves one signal a column. The planes of a volume ``(D, H, W)``
+    are ``H × W``, beside it ``H × D``, and below it ``D × W``, so that neighbours share an axis. Three channels of
+    images and volumes are colours, any other number is averaged; those of curves lie below one another, and the
+    range of each is named at the side. Complex signals are shown as magnitudes, curves with their phase too,
+    wherever the magnitude exceeds a twentieth of the originals' largest.
 
     Args:
-        decomp: The bound decomposition, two-dimensional.
+        decomp: The bound decomposition.
         bands: Bands ``(B, *band_shape)``, coarse to fine.
-        originals: Signals ``(B, C, H, W)``, shown last; their range is black to white.
+        originals: Signals ``(B, C, *size)``, shown last; the range of images and volumes is black to white.
 
     Raises:
         ImportError: If matplotlib is not installed.
         TypeError: If an argument has the wrong type.
-        ValueError: If signals have no two axes, or the bands are not those of as many signals.
+        ValueError: If signals have no or more than three axes, or the bands are not those of as many signals.
     """
     check_instance("decomp", decomp, Decomposition)
     _check_signals("originals", originals)
@@ -36,25 +48,29 @@ def progressive(decomp: Decomposition, bands: Sequence[Tensor], originals: Tenso
     if len(bands) != len(decomp.band_scales) or any(band is None for band in bands):
         got = sum(band is not None for band in bands)
         raise ValueError(f"bands must hold one tensor for each of the scales {decomp.band_scales}, got {got}")
-    sums = [decomp.synthesis(list(bands)[: i + 1]) for i in range(len(bands))]
+    originals = originals.detach()
+    sums = [decomp.synthesis(list(bands)[: i + 1]).detach() for i in range(len(bands))]
     _check_signals("the sum of bands", sums[-1])
     _check_alike("the sum of bands", sums[-1], originals)
-    low, high = _range(originals)
-    columns = [(f"scale ≤ {s}", x, low, high) for s, x in zip(decomp.band_scales, sums, strict=True)]
-    return _gallery([*columns, ("original", originals, low, high)])
+    shown = [(f"scale ≤ {s}", x) for s, x in zip(decomp.band_scales, sums, strict=True)]
+    return _draw([*shown, ("original", originals)], [], originals)
 
 
 def comparison(originals: Tensor, reconstructions: Mapping[str, Tensor]) -> "Figure":
-    """Originals, reconstructions and their errors, one signal a row.
+    """Originals, reconstructions and their errors, laid out as by :func:`progressive`.
+
+    Images and volumes show the magnitude of an error, curves of real signals its sign too.
 
     Args:
-        originals: Signals ``(B, C, H, W)``; their range is black to white.
-        reconstructions: Signals ``(B, C, H, W)`` by name; the largest error of all is white.
+        originals: Signals ``(B, C, *size)``; the range of images and volumes is black to white.
+        reconstructions: Signals ``(B, C, *size)`` by name; the largest error of all is white, and all curves of
+            errors have one scale.
 
     Raises:
         ImportError: If matplotlib is not installed.
         TypeError: If an argument has the wrong type.
-        ValueError: If signals have no two axes, there are no reconstructions, or they have another shape.
+        ValueError: If signals have no or more than three axes, there are no reconstructions, or they have
+            another shape.
     """
     _check_signals("originals", originals)
     check_instance("reconstructions", reconstructions, Mapping)
@@ -63,12 +79,9 @@ def comparison(originals: Tensor, reconstructions: Mapping[str, Tensor]) -> "Fig
     for name, x in reconstructions.items():
         _check_signals(f"reconstructions[{name!r}]", x)
         _check_alike(f"reconstructions[{name!r}]", x, originals)
-    low, high = _range(originals)
-    errors = {name: (x - originals).abs() for name, x in reconstructions.items()}
-    top = max(float(e.max()) for e in errors.values())
-    columns = [(name, x, low, high) for name, x in {"original": originals, **reconstructions}.items()]
-    zoom = f"|error| × {(high - low) / max(top, 1e-12):.0f}"
-    return _gallery([*columns, *((f"{name},\n{zoom}", e, 0.0, top) for name, e in errors.items())])
+    originals = originals.detach()
+    shown = [(name, x.detach()) for name, x in reconstructions.items()]
+    return _draw([("original", originals), *shown], [(name, x - originals) for name, x in shown], originals)
 
 
 def convergence(histories: Mapping[str, History]) -> "Figure":
@@ -111,35 +124,130 @@ def convergence(histories: Mapping[str, History]) -> "Figure":
     return figure
 
 
-def _figure(**options: Any) -> "Figure":
+def _figure(pad: float | None = None, **options: Any) -> "Figure":
+    """Make an empty figure with ``pad`` inches around each panel, ``None`` being matplotlib's own."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ImportError('pictures need the extra "examples": pip install "separable-hvae[examples]"') from error
-    return Figure(layout="constrained", **options)
+    return Figure(layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad), **options)
 
 
-def _gallery(columns: Sequence[tuple[str, Tensor, float, float]]) -> "Figure":
-    """Columns of a title, signals ``(B, C, H, W)``, and the values that are black and white."""
-    rows = len(columns[0][1])
-    figure = _figure(figsize=(1.35 * len(columns), 1.35 * rows + 0.3))
-    grid = figure.subplots(rows, len(columns), squeeze=False)
-    for j, (title, signals, low, high) in enumerate(columns):
+Named = Sequence[tuple[str, Tensor]]
+"""Signals ``(B, C, *size)`` with the name that a picture gives them."""
+
+
+def _draw(values: Named, errors: Named, originals: Tensor) -> "Figure":
+    """Draw values and errors of signals, as their number of axes asks for."""
+    return (_curves if originals.ndim == 3 else _gallery)(values, errors, originals)
+
+
+def _gallery(values: Named, errors: Named, originals: Tensor) -> "Figure":
+    """Images and volumes: names across, signals down."""
+    low, high = _range(originals)
+    top = max((float(e.abs().max()) for _, e in errors), default=0.0)
+    zoom = f"|error| × {(high - low) / max(top, 1e-12):.0f}"
+    columns = [(name, x, low, high) for name, x in values]
+    columns += [(f"{name},\n{zoom}", e.abs(), 0.0, top) for name, e in errors]
+    pictures = [[_picture(x, low, high) for x in signals] for _, signals, low, high in columns]
+    height, width = pictures[0][0].shape[:2]
+    # Volumes lie further apart than their planes.
+    (across, down), pad = ((1.35, 1.35), None) if originals.ndim == 4 else ((2.2, 2.2 * height / width), 0.1)
+    figure = _figure(pad, figsize=(across * len(columns), down * len(originals) + 0.3))
+    grid = figure.subplots(len(originals), len(columns), squeeze=False)
+    for j, (title, *_) in enumerate(columns):
         grid[0][j].set_title(title, fontsize=8)
-        for i in range(rows):
-            grid[i][j].imshow(
-                _pixels(signals[i], low, high).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-            )
+        for i, picture in enumerate(pictures[j]):
+            grid[i][j].imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             grid[i][j].set_axis_off()
     return figure
+
+
+@dataclass(frozen=True)
+class _Track:
+    """One row of curves: real signals ``(B, C, N)``, what lies pale behind them, and their range.
+
+    Phases are dots, since a line would join both sides of a jump by 2π.
+    """
+
+    label: str
+    signals: Tensor
+    behind: Tensor | None
+    range: tuple[float, float]
+    is_phase: bool = False
+
+
+def _curves(values: Named, errors: Named, originals: Tensor) -> "Figure":
+    """Signals of one axis: names down, signals across, channels below one another in a panel."""
+    tracks = _tracks(values, errors, originals)
+    batch, channels, points = originals.shape
+    heights = [(0.6 if track.is_phase else 1.0) * (1 + 0.3 * (channels - 1)) for track in tracks]
+    figure = _figure(figsize=(1 + max(5.0, 2.4 * batch), 0.9 * sum(heights) + 0.6))
+    grid = figure.subplots(len(tracks), batch, squeeze=False, sharex=True, sharey="row", height_ratios=heights)
+    for row, track in zip(grid, tracks, strict=True):
+        low, high = _widened(*track.range)
+        down = torch.arange(channels, dtype=torch.float64) * (high - low)
+        label = track.label if channels == 1 else f"{track.label}\n{track.range[0]:.2g} to {track.range[1]:.2g}"
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        row[0].set_ylim(low - float(down[-1]), high)
+        if channels > 1:
+            row[0].set_yticks((low + high) / 2 - down, [f"ch. {c}" for c in range(channels)])
+        elif track.is_phase:
+            row[0].set_yticks([-math.pi, 0, math.pi], ["−π", "0", "π"])
+        line = "." if track.is_phase else "-"
+        for i, axes in enumerate(row):
+            if track.behind is not None:
+                axes.plot(_numbers(track.behind[i], down), line, color="C0", alpha=0.3, lw=3, ms=4)
+            axes.plot(_numbers(track.signals[i], down), line, color="C0", lw=0.9, ms=1.5)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+    for axes in grid[-1]:
+        axes.set_xlim(0, max(points - 1, 1))
+        axes.set_xlabel("sample", fontsize=8)
+    return figure
+
+
+def _tracks(values: Named, errors: Named, originals: Tensor) -> list[_Track]:
+    """Rows of curves: values, phases below complex ones, then errors, signed where they are real."""
+    is_complex = originals.is_complex()
+    amplitudes = [x.abs() if is_complex else x for _, x in values]
+    limits = min(float(a.min()) for a in amplitudes), max(float(a.max()) for a in amplitudes)
+    quiet = 0.05 * float(originals.abs().max())
+    tracks: list[_Track] = []
+    for (name, x), amplitude in zip(values, amplitudes, strict=True):
+        behind = None if x is originals else originals
+        magnitude = behind.abs() if behind is not None and is_complex else behind
+        tracks.append(_Track(name, amplitude, magnitude, limits))
+        if is_complex:
+            pale = None if behind is None else _phase(behind, quiet)
+            tracks.append(_Track("phase", _phase(x, quiet), pale, (-math.pi, math.pi), is_phase=True))
+    top = max((float(e.abs().max()) for _, e in errors), default=0.0)
+    for name, e in errors:
+        if is_complex:
+            tracks.append(_Track(f"{name},\n|error|", e.abs(), None, (0.0, top)))
+        else:
+            tracks.append(_Track(f"{name},\nerror", e, None, (-top, top)))
+    return tracks
+
+
+def _phase(x: Tensor, quiet: float) -> Tensor:
+    """Phase in radians, NaN where the magnitude is at most ``quiet`` and the phase that of noise."""
+    return torch.where(x.abs() > quiet, x.angle(), torch.nan)
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """Ends of an axis, with room beside the curves; of one point, a unit around it."""
+    room = 0.05 * (high - low) or 0.5
+    return low - room, high + room
 
 
 def _check_signals(name: str, x: Tensor) -> None:
     check_instance(name, x, Tensor)
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"{name} must be real floating-point or complex, got {x.dtype}")
-    if x.ndim != 4 or not x.numel():
-        raise ValueError(f"{name} must hold signals (B, C, H, W), got shape {tuple(x.shape)}")
+    if x.ndim not in (3, 4, 5) or not x.numel():
+        raise ValueError(f"{name} must hold signals (B, C, *size) of one to three axes, got shape {tuple(x.shape)}")
     check_finite(name, x)
 
 
@@ -154,8 +262,25 @@ def _range(signals: Tensor) -> tuple[float, float]:
     return (0.0, float(signals.abs().max())) if signals.is_complex() else (float(signals.min()), float(signals.max()))
 
 
-def _pixels(signal: Tensor, low: float, high: float) -> Tensor:
-    """One signal ``(C, H, W)``, complex ones as magnitudes, as a picture ``(H, W)`` or ``(H, W, 3)`` in [0, 1]."""
-    x = (signal.abs() if signal.is_complex() else signal).detach().float().cpu()
+def _picture(signal: Tensor, low: float, high: float) -> Tensor:
+    """One image or volume ``(C, *size)``, complex ones as magnitudes, as ``(H, W)`` or ``(H, W, 3)`` in [0, 1]."""
+    x = (signal.abs() if signal.is_complex() else signal).float().cpu()
     x = ((x - low) / max(high - low, 1e-12)).clamp(0, 1)
+    x = _planes(x) if x.ndim == 4 else x
     return torch.movedim(x, 0, -1) if len(x) == 3 else x.mean(0)
+
+
+def _planes(x: Tensor) -> Tensor:
+    """Planes through the centre of ``(C, D, H, W)``, on white: ``H × W``, beside it ``H × D``, below it ``D × W``."""
+    c, d, h, w = x.shape
+    gap = math.ceil(max(d, h, w) / 48)
+    canvas = x.new_ones(c, h + gap + d, w + gap + d)
+    canvas[:, :h, :w] = x[:, d // 2]
+    canvas[:, :h, w + gap :] = x[:, :, :, w // 2].mT
+    canvas[:, h + gap :, :w] = x[:, :, h // 2]
+    return canvas
+
+
+def _numbers(signal: Tensor, down: Tensor) -> "npt.NDArray[np.float64]":
+    """One signal ``(C, N)`` as columns ``(N, C)``, each channel lowered by its entry of ``down``."""
+    return (signal.double().cpu().mT - down).numpy()

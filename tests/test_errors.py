@@ -385,10 +385,10 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     "epochs": (lambda m: fit(m, X, epochs=1), TypeError, r"unexpected keyword argument 'epochs'"),  # type: ignore[call-arg]
     "NaN to evaluate": (lambda m: evaluate(m, X / 0), ValueError, r"must be finite, got NaN or infinity"),
     # Shown wrongly.
-    "signals of one axis as pictures": (
-        lambda m: comparison(X[:, :, 0], {"a": X[:, :, 0]}),
+    "signals without axes as pictures": (
+        lambda m: comparison(X[:, :, 0, 0], {"a": X[:, :, 0, 0]}),
         ValueError,
-        r"originals must hold signals \(B, C, H, W\), got shape \(2, 1, 4\)",
+        r"originals must hold signals \(B, C, \*size\) of one to three axes, got shape \(2, 1\)",
     ),
     "no pictures": (lambda m: comparison(X[:0], {"a": X}), ValueError, r"originals must hold .* shape \(0, 1, 4, 4\)"),
     "pictures of integers": (

@@ -1,18 +1,33 @@
+import math
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
-from separable_hvae import FFT1Real, FFT2Complex, Wavelet2
+from separable_hvae import FFT1Complex, FFT2Complex, Identity, Wavelet1, Wavelet2, Wavelet3
 from separable_hvae.plots import comparison, convergence, progressive
 from separable_hvae.refine import History
 
+Numbers = npt.NDArray[np.float64]
 
-def pixels(figure: object) -> list[list["np.typing.NDArray[np.float64]"]]:
+
+def pixels(figure: Any) -> list[list[Numbers]]:
     """The picture in each cell of a figure, row by row."""
-    axes = figure.axes  # type: ignore[attr-defined]
-    columns = sum(bool(a.get_title()) for a in axes)
-    shown = [np.asarray(a.images[0].get_array()) for a in axes]
+    columns = sum(bool(a.get_title()) for a in figure.axes)
+    shown = [np.asarray(a.images[0].get_array()) for a in figure.axes]
     return [shown[i : i + columns] for i in range(0, len(shown), columns)]
+
+
+def curves(figure: Any) -> dict[str, list[list[Numbers]]]:
+    """For each named row of a figure, the curves ``(N,)`` of each of its panels; a name's rows follow one another."""
+    rows: dict[str, list[list[Numbers]]] = {}
+    name = ""
+    for axes in figure.axes:
+        name = axes.get_ylabel() or name
+        rows.setdefault(name, []).append([np.asarray(line.get_ydata()) for line in axes.get_lines()])
+    return rows
 
 
 def test_progressive_ends_in_the_signal() -> None:
@@ -38,10 +53,103 @@ def test_complex_signals_are_shown_as_magnitudes() -> None:
     np.testing.assert_allclose(shown, (x.abs() / x.abs().max())[0, 0].numpy(), atol=1e-6)
 
 
-def test_pictures_need_two_axes() -> None:
-    decomp, x = FFT1Real(8), torch.randn(1, 1, 8)
-    with pytest.raises(ValueError, match=r"originals must hold signals \(B, C, H, W\), got shape \(1, 1, 8\)"):
-        progressive(decomp, decomp.analysis(x), x)
+def test_volumes_are_shown_by_their_central_planes() -> None:
+    decomp, x = Wavelet3((4, 6, 8), channels=1), torch.rand(2, 1, 4, 6, 8)
+    grid = pixels(progressive(decomp, decomp.analysis(x), x))
+    assert [len(row) for row in grid] == [len(decomp.scales) + 1] * 2
+    for row, volume in zip(grid, (x - x.min()) / (x.max() - x.min()), strict=True):
+        for shown in row[-2:]:  # all bands, and the original
+            assert shown.shape == (6 + 1 + 4, 8 + 1 + 4)
+            np.testing.assert_allclose(shown[:6, :8], volume[0, 2].numpy(), atol=1e-5)
+            np.testing.assert_allclose(shown[:6, -4:], volume[0, :, :, 4].T.numpy(), atol=1e-5)
+            np.testing.assert_allclose(shown[-4:, :8], volume[0, :, 3].numpy(), atol=1e-5)
+            assert (shown[6:, 8:] == 1).all()
+
+
+def test_volumes_of_three_channels_are_coloured_and_complex_ones_magnitudes() -> None:
+    x = torch.randn(1, 3, 4, 4, 4, dtype=torch.complex64)
+    ((shown, _, error),) = pixels(comparison(x, {"half": x / 2}))
+    np.testing.assert_allclose(shown[:4, :4], (x.abs() / x.abs().max())[0, :, 2].movedim(0, -1).numpy(), atol=1e-6)
+    np.testing.assert_allclose(error, shown, atol=1e-6)
+
+
+def test_signals_of_one_axis_are_curves_over_the_original() -> None:
+    decomp, x = Wavelet1(16, channels=1, scales=[4, 8, 16]), torch.randn(3, 1, 16, dtype=torch.float64)
+    rows = curves(progressive(decomp, decomp.analysis(x), x))
+    assert list(rows) == ["scale ≤ 4", "scale ≤ 8", "scale ≤ 16", "original"]
+    for name, kept in zip(rows, (1, 2, 3, 0), strict=True):
+        assert len(rows[name]) == 3
+        for i, panel in enumerate(rows[name]):
+            if name == "original":
+                (curve,) = panel
+                np.testing.assert_array_equal(curve, x[i, 0].numpy())
+            else:
+                behind, curve = panel
+                np.testing.assert_array_equal(behind, x[i, 0].numpy())
+                partial = decomp.synthesis(decomp.analysis(x)[:kept])
+                np.testing.assert_allclose(curve, partial[i, 0].numpy(), atol=1e-12)
+
+
+def test_errors_of_curves_have_a_sign_and_one_scale() -> None:
+    x = torch.randn(2, 1, 8, dtype=torch.float64)
+    figure = comparison(x, {"good": x - 0.01, "bad": x + 0.1})
+    rows = curves(figure)
+    assert list(rows) == ["original", "good", "bad", "good,\nerror", "bad,\nerror"]
+    np.testing.assert_allclose(rows["good,\nerror"], np.full((2, 1, 8), -0.01))
+    np.testing.assert_allclose(rows["bad,\nerror"], np.full((2, 1, 8), 0.1))
+    for axes in figure.axes[-4:]:
+        assert axes.get_ylim() == pytest.approx((-0.11, 0.11))
+
+
+def test_channels_of_curves_lie_below_one_another() -> None:
+    x = torch.rand(1, 3, 8, dtype=torch.float64)
+    figure = comparison(x, {"same": x})
+    first = figure.axes[0]
+    assert first.get_ylabel() == f"original\n{float(x.min()):.2g} to {float(x.max()):.2g}"
+    assert [text.get_text() for text in first.get_yticklabels()] == ["ch. 0", "ch. 1", "ch. 2"]
+    step = 1.1 * float(x.max() - x.min())
+    for line, channel, place in zip(first.get_lines(), x[0], range(3), strict=True):
+        np.testing.assert_allclose(np.asarray(line.get_ydata()) + place * step, channel.numpy(), atol=1e-12)
+    low, high = first.get_ylim()
+    assert high - low == pytest.approx(3 * step)
+
+
+def test_complex_curves_are_magnitude_and_phase() -> None:
+    decomp = FFT1Complex(16, scales=[4, 16])
+    x = torch.polar(torch.linspace(0, 1, 16, dtype=torch.float64), torch.linspace(-3, 3, 16, dtype=torch.float64))
+    rows = curves(progressive(decomp, decomp.analysis(x[None, None]), x[None, None]))
+    assert list(rows) == ["scale ≤ 4", "phase", "scale ≤ 16", "original"]
+    ((behind, shown),) = rows["scale ≤ 16"]
+    np.testing.assert_allclose(behind, x.abs().numpy())
+    np.testing.assert_allclose(shown, x.abs().numpy(), atol=1e-12)
+    phases = rows["phase"]
+    assert [len(panel) for panel in phases] == [2, 2, 1]
+    quiet = (x.abs() <= 0.05).numpy()
+    assert quiet.any()
+    np.testing.assert_array_equal(np.isnan(phases[-1][0]), quiet)
+    np.testing.assert_allclose(phases[-1][0][~quiet], np.linspace(-3, 3, 16)[~quiet])
+    np.testing.assert_array_equal(np.isnan(phases[0][0]), quiet)
+
+
+def test_errors_of_complex_curves_are_magnitudes() -> None:
+    x = torch.randn(1, 1, 8, dtype=torch.complex128)
+    rows = curves(comparison(x, {"turned": 1j * x}))
+    ((error,),) = rows["turned,\n|error|"]
+    np.testing.assert_allclose(error, math.sqrt(2) * x[0, 0].abs().numpy())
+
+
+@pytest.mark.parametrize("size", [(1,), (4,), (1, 4), (2, 1, 3)])
+def test_constant_signals_and_axes_of_one_point_are_drawn(size: tuple[int, ...]) -> None:
+    decomp, x = Identity(size, channels=2), torch.zeros(1, 2, *size)
+    progressive(decomp, decomp.analysis(x), x).draw_without_rendering()
+    comparison(x, {"same": x}).draw_without_rendering()
+
+
+@pytest.mark.parametrize("size", [(8,), (4, 4), (2, 2, 2)])
+def test_signals_that_carry_gradients_are_drawn(size: tuple[int, ...]) -> None:
+    decomp, x = Identity(size, channels=1), torch.rand(1, 1, *size, requires_grad=True)
+    progressive(decomp, decomp.analysis(x), x)
+    comparison(x.detach(), {"twice": 2 * x})
 
 
 def test_convergence_draws_each_problem_of_a_history() -> None:
