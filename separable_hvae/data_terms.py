@@ -70,13 +70,24 @@ class BoundTerm:
     Attributes:
         misfit: The pure function.
         data: The tensors that :meth:`Misfit.total` compares with.
-        aim: Gives the tensors that :meth:`Misfit.local` compares a subset's band with, from its number and
-            the bands of all subsets, ``None`` where one is not known yet.
+        aims: A function of a subset's number, the bands of all subsets and the data, see :meth:`aim`.
+        pure: Whether ``aims`` reads no other tensors of the batch and looks at no values, so that it may be
+            recorded.
     """
 
     misfit: Misfit
     data: list[Tensor]
-    aim: Callable[[int, Sequence[Tensor | None]], list[Tensor]]
+    aims: Callable[[int, Sequence[Tensor | None], Sequence[Tensor]], list[Tensor]]
+    pure: bool = True
+
+    def aim(self, index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
+        """The tensors that :meth:`Misfit.local` compares a subset's band with.
+
+        Args:
+            index: Number of the subset.
+            bands: The bands of all subsets, ``None`` where one is not known yet.
+        """
+        return self.aims(index, bands, self.data)
 
 
 class DataTerm(ABC):
@@ -139,13 +150,12 @@ class Signal(DataTerm):
         distance = Distance(self.loss, float(model.sigma.detach()))
         if seen.targets is not None:
             targets = [target.detach() for target in seen.targets]
-            return BoundTerm(BandMisfit(model.decomp, distance), targets, lambda i, _: [targets[i]])
+            return BoundTerm(BandMisfit(model.decomp, distance), targets, lambda i, _, targets: [targets[i]])
 
-        def aim(index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
-            coarser = [band for band in bands[:index] if band is not None]
-            return [model.target(index, seen, coarser)]
+        def aims(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
+            return [model.left(index, data[0], [band for band in bands[:index] if band is not None])]
 
-        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x], aim)
+        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x], aims)
 
 
 @dataclass(frozen=True)

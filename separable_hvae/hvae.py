@@ -267,10 +267,12 @@ class HVAE(Pretrained, nn.Module):
 
     def target(self, index: int, seen: Observation, coarser: Sequence[Tensor]) -> Tensor:
         """The band that subset ``index`` aims at, ``t_s = project(s, x − Σ_{s'<s} B h_{s'})``, detached."""
-        if seen.targets is not None:
-            return seen.targets[index].detach()
-        with full_precision(seen.x.device):
-            residual = seen.x - self.decomp.synthesis(coarser) if coarser else seen.x
+        return self.left(index, seen.x, coarser) if seen.targets is None else seen.targets[index].detach()
+
+    def left(self, index: int, x: Tensor, coarser: Sequence[Tensor]) -> Tensor:
+        """What coarser bands leave of signals ``x`` to the band of subset ``index``, detached."""
+        with full_precision(x.device):
+            residual = x - self.decomp.synthesis(coarser) if coarser else x
             return self.decomp.project(self.subsets[index].scale, residual).detach()
 
     def evidence(self, index: int, seen: Observation, target: Tensor) -> Evidence:

@@ -90,9 +90,13 @@ class KnownBands(DataTerm):
         bands, masks = self._read(model)
         variance = self.noise.sigma**2 + float(model.sigma.detach()) ** 2
         known = tuple(i for i, band in enumerate(self.bands) if band is not None)
-        pairs = {i: [bands[i], masks[i].to(bands[i])] for i in known}
         misfit = KnownMisfit(model.decomp.band_scales, known, variance)
-        return BoundTerm(misfit, [t for i in known for t in pairs[i]], lambda i, _: pairs.get(i, []))
+
+        def aims(index: int, _: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
+            place = 2 * known.index(index) if index in known else len(data)
+            return list(data[place : place + 2])
+
+        return BoundTerm(misfit, [t for i in known for t in (bands[i], masks[i].to(bands[i]))], aims)
 
     def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The signals given the latents that decode to ``x`` and what is known: their mean, or a draw.

@@ -155,7 +155,7 @@ class Measurement(DataTerm):
             own = self._left(model, seen.x, y, given)
             found: dict[tuple[int, ...], Tensor] = {}
 
-        def aim(index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
+        def aims(index: int, bands: Sequence[Tensor | None], _: Sequence[Tensor]) -> list[Tensor]:
             unknown = tuple(i for i, band in enumerate(bands) if band is None and i > index)
             full = [mean if band is None else band.detach() for mean, band in zip(means, bands, strict=True)]
             full[index] = torch.zeros_like(full[index])
@@ -165,7 +165,7 @@ class Measurement(DataTerm):
                 return [model.decomp.synthesis(full), y, own + found[unknown] if unknown else own, *given]
 
         misfit = MeasurementMisfit(model.decomp, self.operator, self.noise, self.operator.kept())
-        return BoundTerm(misfit, [y, own, *given], aim)
+        return BoundTerm(misfit, [y, own, *given], aims, pure=False)
 
     def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The signals given the latents that decode to ``x`` and the measurements: their mean, or a draw.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from separable_hvae import HVAE, FFT1Real, Identity, MAPRefiner, Measurement, Result
-from separable_hvae.refine import Compiled, CudaGraphs, Eager
+from separable_hvae.refine import Compiled, CudaGraphs, Eager, graphs
 from tests.test_hvae import tiny
 from tests.test_inverse import terms
 from tests.test_refine import assert_equal, few
@@ -41,7 +41,7 @@ def test_threads_change_nothing() -> None:
     ("threads", "error", "message"),
     [
         (0, ValueError, "threads must be at least 1, got 0"),
-        (1.5, TypeError, "threads must be an integer or None, got 1.5"),
+        (1.5, TypeError, "threads must be an integer, got 1.5"),
     ],
 )
 def test_bad_threads(threads: Any, error: type[Exception], message: str) -> None:
@@ -76,7 +76,7 @@ def test_traced_data_terms_give_the_same_and_serve_later_batches(
     name: str, schedule: str, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What was traced runs as it is: the compiler itself takes tens of seconds.
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, _: graph)
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_: graph)
     model, term = terms()[name]
     execution = Compiled()
     traced = MAPRefiner(2, 0.05, schedule=schedule, rule=rule, execution=execution)
@@ -100,7 +100,7 @@ class Masked(nn.Module):
 
 
 def test_a_physics_that_has_changed_is_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.compile", lambda graph, _: graph)
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_: graph)
     model, execution = tiny(FFT1Real(4, scales=[1, 4]), sigma=0.3), Compiled()
     x, physics = signal(model.decomp, 3, dtype=torch.float32), Masked(torch.tensor([1.0, 1.0, 0.0, 0.0]))
     traced, plain = (MAPRefiner(3, 0.05, schedule="joint", execution=e) for e in (execution, "eager"))
@@ -150,8 +150,6 @@ class Stream:
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """Let CUDA graphs record on the CPU."""
-    from separable_hvae.refine import execution
-
     made: list[Recording] = []
 
     def record() -> Recording:
@@ -162,41 +160,42 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     def nothing(*_: Any) -> Iterator[None]:
         yield
 
-    class Recorded(execution._Recorded):
-        def __init__(self, method: str, calls: Any) -> None:
-            super().__init__(method, calls)
-            first, inputs = 0, []
-            for call in calls:
-                n, m = len(call.moving), len(call.held)
-                inputs.append(call._replace(moving=self.inputs[first : first + n], held=self.inputs[first + n :][:m]))
-                first += n + m
+    class Again(graphs.Recording):
+        def __init__(self, function: graphs.Function, tensors: Any) -> None:
+            super().__init__(function, tensors)
 
             def again() -> None:
-                leaves, _ = pytree.tree_flatten(execution._on_streams(method, inputs))
-                torch._foreach_copy_(self.outputs, leaves)
+                leaves, _ = pytree.tree_flatten(function(self.inputs))
+                pairs = zip(self.outputs, leaves, strict=True)
+                written = [(out, new) for out, new in pairs if isinstance(out, Tensor)]
+                torch._foreach_copy_([out for out, _ in written], [new for _, new in written])
 
             self.graph.again = again  # type: ignore[attr-defined]
 
     main = Stream()
-    monkeypatch.setattr(execution, "_Recorded", Recorded)
+    monkeypatch.setattr(graphs, "Recording", Again)
+    monkeypatch.setattr(graphs, "_is_cuda", lambda _: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
-    monkeypatch.setattr(torch.cuda, "graph", nothing)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", nothing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(execution, "_on_cuda", lambda _: True)
+    for name in ("graph", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
     return made
 
 
-@pytest.mark.parametrize(("schedule", "graphs"), [("scale", 2), ("parallel", 1), ("joint", 1)])
-def test_recorded_steps_give_the_same(schedule: str, graphs: int, recordings: list[Recording]) -> None:
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "steps"])
+@pytest.mark.parametrize(("schedule", "steps"), [("scale", 2), ("parallel", 1), ("joint", 1)])
+def test_recorded_inferences_give_the_same(
+    schedule: str, steps: int, whole: bool, recordings: list[Recording]
+) -> None:
     model = few()
     x = signal(model.decomp, 3)
-    refiner = MAPRefiner(6, schedule=schedule, execution=CudaGraphs())
+    refiner = MAPRefiner(6, schedule=schedule, execution=CudaGraphs(whole=whole))
     for y in (x, 2 * x):
         assert_same(refiner(model, y), MAPRefiner(6, schedule=schedule)(model, y))
+    graphs = 1 if whole else steps
     assert len(recordings) == graphs
-    assert sum(r.replays for r in recordings) == 12 * graphs
+    assert sum(r.replays for r in recordings) == (2 if whole else 12 * steps)
     # Weights that are trained in place are seen, weights elsewhere are recorded anew.
     with torch.no_grad():
         for p in model.parameters():
@@ -253,7 +252,7 @@ def test_tf32_needs_a_gpu() -> None:
 
 
 def test_pointwise_weights_of_channels_last_models_are_given_plain_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled(graph: Any, inputs: list[Tensor]) -> Any:
+    def compiled(graph: Any, inputs: list[Tensor], _: Any) -> Any:
         assert all(t.stride() == torch.empty(t.shape).stride() for t in inputs if t.is_contiguous())
         return graph
 

@@ -1,10 +1,13 @@
 """Refinement: schedules, update rules, execution and the loop."""
 
-from separable_hvae.refine.execution import Compiled, CudaGraphs, Eager, Execution
+from separable_hvae.refine.compiled import Compiled
+from separable_hvae.refine.execution import Eager, Execution
+from separable_hvae.refine.graphs import CudaGraphs
 from separable_hvae.refine.history import History, Iterate
+from separable_hvae.refine.map_refiner import MAPRefiner
 from separable_hvae.refine.pieces import OneSubset, Outcome, Piece, Whole
 from separable_hvae.refine.problem import Problem
-from separable_hvae.refine.refiner import MAPRefiner, Refiner
+from separable_hvae.refine.refiner import Refiner
 from separable_hvae.refine.rules import Adam, GaussNewton, GradientDescent, Rule
 from separable_hvae.refine.schedules import Chain, Joint, Latent, Parallel, Scale, Schedule
 

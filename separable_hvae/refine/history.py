@@ -1,6 +1,8 @@
 """What a refiner tells of its way: every iterate to a callback, a summary to the result."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,43 +82,73 @@ class History:
     rounding: float | None = None
 
 
-class Recorder:
-    """Collect iterates, chunk by chunk, without waiting for the device at each step."""
+class Row(NamedTuple):
+    """A step's sums over a chunk, for the history.
 
-    def __init__(self) -> None:
-        self._sums: dict[tuple[int, int], Tensor] = {}
-        self._known: dict[tuple[int, int], tuple[int, float]] = {}
-        self._rounding: list[Tensor] = []
+    Attributes:
+        problem: Number of the problem.
+        step: Number of the step within it.
+        scale: The finest scale that moved.
+        sums: Data term, ``−log p(z)``, samples that moved and samples: ``(4,)``.
+    """
 
-    def add(self, iterate: Iterate) -> None:
-        """Take an iterate in."""
-        key = iterate.problem, iterate.step
+    problem: int
+    step: int
+    scale: int
+    sums: Tensor
+
+    @classmethod
+    def of(cls, iterate: Iterate) -> "Row":
+        """The sums of an iterate."""
         columns = [iterate.data, iterate.nll, iterate.moving, torch.ones_like(iterate.nll)]
         sums = torch.stack([column.double() for column in columns]).sum(1)
-        self._sums[key] = self._sums[key] + sums if key in self._sums else sums
-        self._known[key] = max(iterate.scales), iterate.seconds
+        return cls(iterate.problem, iterate.step, max(iterate.scales), sums)
 
-    def add_rounding(self, rounding: Tensor) -> None:
-        """Take the relative error of a reduced precision in, ``(B,)``."""
-        self._rounding.append(rounding)
+
+class Recorder:
+    """Collect what happens, chunk by chunk, without waiting for the device at each step.
+
+    Attributes:
+        seconds: When each step of each problem was issued.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[tuple[int, int], float] = {}
+        self._rows: dict[tuple[int, int], Row] = {}
+        self._rounding: list[Tensor] = []
+
+    def add(self, rows: Sequence[Row], rounding: Tensor | None, now: float) -> None:
+        """Take a chunk in.
+
+        Args:
+            rows: Its steps.
+            rounding: Relative error of a reduced precision, ``(B,)``.
+            now: Time of steps that were replayed, and not issued one by one.
+        """
+        for row in rows:
+            key = row.problem, row.step
+            known = self._rows.get(key)
+            self._rows[key] = row if known is None else row._replace(sums=known.sums + row.sums)
+            self.seconds.setdefault(key, now)
+        if rounding is not None:
+            self._rounding.append(rounding)
 
     def history(self) -> History:
         """Means over all samples."""
         history = History()
         if self._rounding:
             history.rounding = float(torch.cat(self._rounding).mean())
-        if not self._sums:
+        if not self._rows:
             return history
-        table = torch.stack([self._sums[key] for key in sorted(self._sums)])
-        for (problem, step), row in zip(sorted(self._sums), table.tolist(), strict=True):
-            data, nll, moving, samples = row
-            scale, seconds = self._known[problem, step]
-            history.problem.append(problem)
-            history.step.append(step)
-            history.scale.append(scale)
+        keys = sorted(self._rows)
+        for key, sums in zip(keys, torch.stack([self._rows[key].sums for key in keys]).tolist(), strict=True):
+            data, nll, moving, samples = sums
+            history.problem.append(key[0])
+            history.step.append(key[1])
+            history.scale.append(self._rows[key].scale)
             history.data.append(data / samples)
             history.nll.append(nll / samples)
             history.objective.append((data + nll) / samples)
             history.moving.append(moving / samples)
-            history.seconds.append(seconds)
+            history.seconds.append(self.seconds[key])
         return history

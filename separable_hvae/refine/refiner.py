@@ -8,31 +8,34 @@ A refiner is one small step; the loop around it is the same for all:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
-from typing import Any, Literal, TypedDict, final
+from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack, override
+from torch.utils import _pytree as pytree
 
 from separable_hvae.checks import check_callable, check_flag, check_generator, check_number
-from separable_hvae.data_terms import DataTerm, Loss, Signal, absolute_error, check_loss
+from separable_hvae.data_terms import DataTerm, Loss, Signal, check_loss
 from separable_hvae.hvae import HVAE, Result
 from separable_hvae.objective import ByScale, by_scale
-from separable_hvae.refine.execution import EXECUTIONS, Execution
-from separable_hvae.refine.history import Iterate, Recorder
+from separable_hvae.refine.chunk import Chunk, Job, Reached, Watch
+from separable_hvae.refine.compiled import Compiled
+from separable_hvae.refine.execution import Eager, Execution
+from separable_hvae.refine.graphs import CudaGraphs
+from separable_hvae.refine.history import Iterate, Recorder, Row
 from separable_hvae.refine.named import named
 from separable_hvae.refine.pieces import Call
-from separable_hvae.refine.problem import Problem, rows
-from separable_hvae.refine.rules import RULES, Rule
+from separable_hvae.refine.problem import Problem
+from separable_hvae.refine.rules import Rule
 from separable_hvae.refine.run import Init, Run
-from separable_hvae.refine.schedules import SCHEDULES, Latent, Schedule
+from separable_hvae.refine.schedules import SCHEDULES, Schedule
 from separable_hvae.refine.stopping import Clock, Stopping
 
-_SLACK = 1e-5
 Precision = Literal["bfloat16", "tf32"]
+EXECUTIONS: dict[str, type[Execution]] = {"eager": Eager, "compiled": Compiled, "cuda-graphs": CudaGraphs}
 
 
 class Refiner(ABC):
@@ -145,6 +148,7 @@ class Refiner(ABC):
         guidance = tuple(by_scale("guidance", self.guidance, model.scales).values())
         term = self._term(model, x)
         init = self.init if isinstance(self.init, str) else _given(model, self.init, len(term))
+        job = Job(model, steps, guidance, x.dtype if isinstance(x, Tensor) else None, generator)
         clock = Clock(self.budget, model.start.device)
         recorder, results = Recorder(), []
         size = self.batch_size or max(1, len(term))
@@ -152,45 +156,58 @@ class Refiner(ABC):
             for first in range(0, max(1, len(term)), size):
                 here = slice(first, first + size)
                 clock.share(min(size, len(term) - first), len(term) - first)
-                part = init if isinstance(init, str) else [z[here] for z in init]
                 with torch.no_grad():
                     some = term if len(term) <= size else term.rows(here)
                     seen = model.observe(some.guess(model))
                     bound = some.bind(model, seen)
-                    run = Run(model, seen, bound, guidance, steps, part, self.sample, generator, self.execution)
-                    self._measure_rounding(run, recorder)
-                if any(steps.values()):
-                    self._loop(run, clock, recorder, callback, first)
+                chunk = Chunk(seen, bound, init if isinstance(init, str) else [z[here] for z in init])
+                reached = self._reach(job, chunk, Watch(clock, recorder, callback, first))
+                recorder.add(reached.rows, reached.rounding, clock.seconds())
                 with torch.no_grad():
-                    original = seen.x if isinstance(x, Tensor) else None
-                    results.append(_no_worse(run, x.dtype if isinstance(x, Tensor) else seen.x.dtype, original))
+                    results.append(reached.no_worse(job, seen.x))
         return replace(_joined(results), history=recorder.history())
 
-    def _loop(
-        self,
-        run: Run,
-        clock: Clock,
-        recorder: Recorder,
-        callback: Callable[[Iterate], None] | None,
-        first: int,
-    ) -> None:
+    def _reach(self, job: Job, chunk: Chunk, watch: Watch) -> Reached:
+        """Refine a chunk: a function of its tensors alone, unless something looks at values on the way."""
+        tensors, structure = pytree.tree_flatten(chunk.tensors)
+
+        def infer(tensors: Sequence[Tensor]) -> Reached:
+            model, steps, guidance, _, generator = job
+            seen, term, init = chunk.on(pytree.tree_unflatten(list(tensors), structure))
+            with torch.no_grad():
+                run = Run(model, seen, term, guidance, steps, init, self.sample, generator, self.execution)
+                rounding = self._rounding(run)
+            taken = self._loop(run, watch) if any(steps.values()) else []
+            with torch.no_grad():
+                return Reached.of(job, run, taken, rounding)
+
+        looks = self.tolerance is not None or self.budget is not None or watch.callback is not None
+        if looks or self.sample or not chunk.term.pure:
+            return infer(tensors)
+        start = chunk.init if isinstance(chunk.init, str) else "given"
+        key = (_settings(self), job.dtype, job.guidance, tuple(job.steps.values()), chunk.term.misfit, start)
+        reached: Reached = self.execution.inference(key, job.model, infer, tensors)
+        return reached
+
+    def _loop(self, run: Run, watch: Watch) -> list[Row]:
         """Solve the problems of the schedule, one after the other."""
-        clock.reserve()
+        taken: list[Row] = []
+        watch.clock.reserve()
         for number, problem in enumerate(self.schedule.problems(run)):
-            clock.enter(problem)
+            watch.clock.enter(problem)
             stopping = Stopping(self.tolerance, run.batch, run.context.device)
             state: Any = None
             for n in range(problem.steps):
-                if clock.is_over() or stopping.is_over():
+                if watch.clock.is_over() or stopping.is_over():
                     break
                 with self._lowered(run.model):
                     latents, state = _moved(self, problem, state)
-                iterate = Iterate.of(problem, number, n, stopping.moving, clock.seconds(), first)
-                recorder.add(iterate)
-                if callback is not None:
-                    callback(iterate)
+                iterate = Iterate.of(problem, number, n, stopping.moving, watch.clock.seconds(), watch.first)
+                taken.append(Row.of(iterate))
+                watch.see(iterate)
                 settled = problem.settle(latents, n + 1)
                 problem.latents = stopping.hold(iterate.objective, problem.latents, settled)
+        return taken
 
     def _term(self, model: HVAE, x: Tensor | DataTerm) -> DataTerm:
         if not isinstance(x, DataTerm):
@@ -207,13 +224,13 @@ class Refiner(ABC):
             return torch.autocast(model.start.device.type, dtype=torch.bfloat16)
         return _tf32(model.start.device)
 
-    def _measure_rounding(self, run: Run, recorder: Recorder) -> None:
-        """Record what the reduced precision does to the objective at the start."""
-        if self.precision is not None:
-            with self._lowered(run.model):
-                lowered = Call(run.whole, run.start_latents, run.term.data).value().objective
-            exact = run.start_objective
-            recorder.add_rounding((lowered - exact).abs() / (1 + exact.abs()))
+    def _rounding(self, run: Run) -> Tensor | None:
+        """What the reduced precision does to the objective at the start, relative to it: ``(B,)``."""
+        if self.precision is None:
+            return None
+        with self._lowered(run.model):
+            lowered = Call(run.whole, run.start_latents, run.term.data).value().objective
+        return (lowered - run.start_objective).abs() / (1 + run.start_objective.abs())
 
 
 def _moved(refiner: Refiner, problem: Problem, state: Any) -> tuple[list[Tensor], Any]:
@@ -226,75 +243,6 @@ def _moved(refiner: Refiner, problem: Problem, state: Any) -> tuple[list[Tensor]
     if shapes != wanted:
         raise ValueError(f"{type(refiner).__name__}.step must return latents of shapes {wanted}, got {shapes}")
     return latents, moved[1]
-
-
-class Options(TypedDict, total=False):
-    """Options that every refiner shares, see :class:`Refiner`."""
-
-    tolerance: float | None
-    budget: float | None
-    batch_size: int | None
-    execution: str | Execution
-    precision: Precision | None
-
-
-class MAPRefiner(Refiner):
-    """Maximum a posteriori inference by gradient steps on each latent (Algorithm 1, eqs. 6 and 7).
-
-    Args:
-        steps: Steps N, one number or by scale; 0 everywhere is amortized inference.
-        step_size: Step size λ, one number or by scale; ``None`` takes the rule's own.
-        guidance: Weight β of the data term, one number or by scale.
-        loss: ``"l2"``, ``"l1"`` or a callable, see :class:`Refiner`.
-        schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, ``"combined"``, or a :class:`Schedule`.
-        rule: ``"adam"``, ``"gd"``, ``"gauss-newton"`` (joint problems alone: elsewhere its steps are Adam's, of
-            their own size), or a :class:`Rule`.
-        init: ``"posterior"``, ``"prior"`` or a list of latents, see :class:`Refiner`.
-        sample: Start from a draw instead of the mean.
-        **options: ``tolerance``, ``budget``, ``batch_size``, ``execution`` and ``precision``, see :class:`Refiner`.
-    """
-
-    def __init__(
-        self,
-        steps: int | Mapping[int, int] | Sequence[int] = 25,
-        step_size: ByScale | None = None,
-        guidance: ByScale = 1.0,
-        loss: Loss = "l2",
-        schedule: str | Schedule = "scale",
-        rule: str | Rule = "adam",
-        init: Init | Sequence[Tensor] = "posterior",
-        sample: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(steps, guidance=guidance, loss=loss, schedule=schedule, init=init, sample=sample, **options)
-        if step_size is not None:
-            check_by_scale("step_size", step_size)
-        self.step_size = step_size
-        self.rule = named("rule", rule, RULES, Rule)  # type: ignore[type-abstract]
-        if step_size is None and not (hasattr(self.rule, "default_step") and hasattr(self.rule, "default_joint_step")):
-            raise ValueError(
-                f"{type(self.rule).__name__} has no default_step and default_joint_step: set them, or pass step_size"
-            )
-
-    @classmethod
-    def paper(cls, steps: int = 25, init: Init = "posterior") -> "MAPRefiner":
-        """The paper's literal setting.
-
-        Algorithm 1 with each latent's own prior, L1 on orthonormal bands in the data's units, gradient
-        descent with λ = 0.001, β = 1, started from a sample of the posterior (or of the prior).
-        """
-        return cls(steps, 1e-3, 1.0, absolute_error, Latent(own_prior=True), "gd", init, sample=True)
-
-    @override
-    def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
-        return self.rule.step(problem, latents, self._sizes(problem), state)
-
-    def _sizes(self, problem: Problem) -> list[float]:
-        if self.step_size is None:
-            size = self.rule.default_joint_step if problem.joint else self.rule.default_step
-            return [size] * len(problem.scales)
-        sizes = by_scale("step_size", self.step_size, problem.all_scales)
-        return [sizes[s] for s in problem.scales]
 
 
 @contextmanager
@@ -337,21 +285,6 @@ def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
     return given
 
 
-def _no_worse(run: Run, dtype: torch.dtype, x: Tensor | None) -> Result:
-    """Decode the latents that a run reached, and the start of each sample that got worse."""
-    before = run.start_objective
-    after, refused = before, torch.zeros_like(before, dtype=torch.bool)
-    if run.passes is not run.origin:
-        after = run.objective.total(run.passes, run.term.data).objective
-        refused = ~(after <= before + _SLACK * (1 + before.abs()))
-        if bool(refused.any()):
-            starts = [z for step in run.origin for z in step.latents]
-            pairs = zip(run.latents, starts, strict=True)
-            run.reach([torch.where(rows(refused, new), old, new) for new, old in pairs])
-            after = torch.where(refused, before, after)
-    return replace(run.model.result(run.passes, dtype, x), objective=after, refused=refused)
-
-
 def _joined(results: Sequence[Result]) -> Result:
     """The results of several chunks as one."""
     if len(results) == 1:
@@ -364,6 +297,17 @@ def _joined(results: Sequence[Result]) -> Result:
         elif isinstance(parts[0], list):
             joined[name] = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     return Result(**joined)
+
+
+def _settings(value: Any) -> Hashable:
+    """All settings of a refiner, a rule or a schedule, as a key; where it starts and how it runs aside."""
+    if isinstance(value, Mapping):
+        return tuple((k, _settings(v)) for k, v in value.items() if k not in ("init", "execution"))
+    if isinstance(value, (list, tuple)):
+        return tuple(_settings(v) for v in value)
+    if isinstance(value, (Refiner, Rule, Schedule)):
+        return type(value), _settings(vars(value))
+    return cast(Hashable, value)
 
 
 def check_by_scale(name: str, value: ByScale) -> None:

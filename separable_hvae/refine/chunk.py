@@ -1,0 +1,132 @@
+"""Samples that are refined together: what goes in, what is looked at on the way, what comes out.
+
+Everything that differs between two chunks of one size is a tensor of :class:`Chunk`, so that an inference
+can be recorded with one chunk and replayed for another.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from separable_hvae.data_terms import BoundTerm
+from separable_hvae.hvae import HVAE, Observation, Result
+from separable_hvae.refine.history import Iterate, Recorder, Row
+from separable_hvae.refine.problem import rows
+from separable_hvae.refine.run import Init, Run
+from separable_hvae.refine.stopping import Clock
+from separable_hvae.subset import SubsetPass
+
+_SLACK = 1e-5
+
+
+class Job(NamedTuple):
+    """What is the same for all chunks of a call.
+
+    Attributes:
+        model: The model.
+        steps: Steps by scale.
+        guidance: β of each scale, coarse to fine.
+        dtype: Dtype of the signals; ``None`` where something else is known.
+        generator: Random numbers of a drawn start.
+    """
+
+    model: HVAE
+    steps: dict[int, int]
+    guidance: tuple[float, ...]
+    dtype: torch.dtype | None
+    generator: torch.Generator | None
+
+    def result(self, passes: list[SubsetPass], x: Tensor, objective: Tensor) -> Result:
+        """Decoded latents, with the likelihood of signals ``x`` where these are known."""
+        known = None if self.dtype is None else x
+        return replace(self.model.result(passes, self.dtype or x.dtype, known), objective=objective)
+
+
+class Chunk(NamedTuple):
+    """Samples that are refined together.
+
+    Attributes:
+        seen: What the encoder saw.
+        term: What is known of them.
+        init: Where they start.
+    """
+
+    seen: Observation
+    term: BoundTerm
+    init: Init | list[Tensor]
+
+    @property
+    def tensors(self) -> Any:
+        """All that differs between chunks of one size, as a nested structure."""
+        given = [] if isinstance(self.init, str) else self.init
+        return self.seen.x, self.seen.activations, self.seen.targets, self.term.data, given
+
+    def on(self, tensors: Any) -> "Chunk":
+        """The same with other tensors."""
+        x, activations, targets, data, given = tensors
+        return Chunk(Observation(x, activations, targets), replace(self.term, data=data), given or self.init)
+
+
+class Watch(NamedTuple):
+    """Who looks at the steps of a chunk.
+
+    Attributes:
+        clock: Keeps to the budget.
+        recorder: Takes the history.
+        callback: The user's.
+        first: Number of the chunk's first sample.
+    """
+
+    clock: Clock
+    recorder: Recorder
+    callback: Callable[[Iterate], None] | None
+    first: int
+
+    def see(self, iterate: Iterate) -> None:
+        """Note when a step was issued, and show it."""
+        self.recorder.seconds[iterate.problem, iterate.step] = iterate.seconds
+        if self.callback is not None:
+            self.callback(iterate)
+
+
+class Reached(NamedTuple):
+    """What the steps of a chunk lead to.
+
+    Attributes:
+        result: What a :class:`Result` of the latents holds.
+        moved: Whether they are other than the start's.
+        start: The latents that were started from.
+        start_objective: Their full MAP objective, in nats: ``(B,)``.
+        rows: What to tell of each step.
+        rounding: Relative error of a reduced precision, ``(B,)``.
+    """
+
+    result: dict[str, Any]
+    moved: bool
+    start: list[Tensor]
+    start_objective: Tensor
+    rows: list[Row]
+    rounding: Tensor | None
+
+    @classmethod
+    def of(cls, job: Job, run: Run, taken: list[Row], rounding: Tensor | None) -> "Reached":
+        """Decode what a run has reached."""
+        before, moved = run.start_objective, run.passes is not run.origin
+        after = run.objective.total(run.passes, run.term.data).objective if moved else before
+        start = [z for step in run.origin for z in step.latents]
+        return cls(vars(job.result(run.passes, run.seen.x, after)), moved, start, before, taken, rounding)
+
+    def no_worse(self, job: Job, x: Tensor) -> Result:
+        """What was reached, and the start of each sample that got worse."""
+        result, before = Result(**self.result), self.start_objective
+        after, refused = self.result["objective"], torch.zeros_like(before, dtype=torch.bool)
+        if self.moved:
+            refused = ~(after <= before + _SLACK * (1 + before.abs()))
+            if bool(refused.any()):
+                pairs = zip(result.latents, self.start, strict=True)
+                latents = [torch.where(rows(refused, new), old, new) for new, old in pairs]
+                result = job.result(job.model.top_down(latents, len(x)), x, torch.where(refused, before, after))
+        return replace(result, refused=refused)

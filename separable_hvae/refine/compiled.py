@@ -1,0 +1,238 @@
+"""Compiled pieces: each traced with its gradient, and compiled by TorchInductor.
+
+They are kept by what they compute and by the shapes of their tensors, for as long as the execution
+lives. Nothing is compiled unless it is asked for.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from separable_hvae.refine.execution import Gradient, Threaded, precision, signature
+from separable_hvae.refine.pieces import Call, Outcome
+
+
+class Compiled(Threaded):
+    """Compile each piece, its gradient included, on first use: minutes for deep models, then less time a step.
+
+    Pays most for small layers and small batches, where launching operations costs more than they do.
+    A loss or operator of your own must not depend on tensors' values by Python's ``if``, nor on globals that
+    change: what differs from call to call belongs into ``given``, or into the object whose method it is.
+
+    Args:
+        threads: Threads that share the pieces of a step on a CPU, see :class:`Eager`. Compiled pieces do not
+            wait for Python, so they gain more.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__(threads)
+        self._compiled: dict[Hashable, _CompiledCall] = {}
+
+    @override
+    def gradients(self, calls: Sequence[Call]) -> list[Gradient]:
+        workers = self._workers(calls)
+        ready = [self._ready("gradient", call, 1 if workers > 1 else torch.get_num_threads()) for call in calls]
+        return self._map(lambda pair: cast(Gradient, pair[0](pair[1])), ready, workers)
+
+    @override
+    def values(self, calls: Sequence[Call]) -> list[Outcome]:
+        ready = [self._ready("value", call, torch.get_num_threads()) for call in calls]
+        return [cast(Outcome, code(call)) for code, call in ready]
+
+    def _ready(self, method: str, call: Call, threads: int) -> "tuple[_CompiledCall, Call]":
+        """The compiled code of a call, and the call with tensors as the code takes them."""
+        call = call._replace(moving=[z.contiguous() for z in call.moving], held=[_dense(t) for t in call.held])
+        tensors = [*call.moving, *call.held]
+        layouts = tuple(tuple(step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1) for t in tensors)
+        key = (method, call.piece, len(call.moving), signature(tensors), layouts, precision(), threads)
+        if key not in self._compiled or not self._compiled[key].fits():
+            self._compiled[key] = _compile(method, call, threads)
+        return self._compiled[key], call
+
+
+@dataclass
+class _Weight:
+    """A tensor of the model that compiled code reads, where the model keeps it: it may be replaced there.
+
+    Attributes:
+        own: The dictionary that holds it.
+        key: Its key there.
+        tensor: What was there last.
+        address: Where its numbers were, which assigning ``data`` changes.
+        kind: What code was compiled for.
+        plain: The tensor as code takes it.
+    """
+
+    own: dict[str, Any]
+    key: str
+    tensor: Tensor = field(init=False)
+    address: int = field(init=False)
+    kind: Hashable = field(init=False)
+    plain: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._read()
+        self.kind = _kind(self.tensor)
+
+    def _read(self) -> None:
+        self.tensor = self.own[self.key]
+        self.address, self.plain = self.tensor.data_ptr(), _plain(self.tensor.detach())
+
+    def fits(self) -> bool:
+        """Look at what is there now; whether it is still of the kind that code was compiled for."""
+        now = self.own[self.key]
+        if now is not self.tensor or now.data_ptr() != self.address:
+            self._read()
+        return self.kind == _kind(now)
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.dtype, tensor.device, tensor.stride()
+
+
+@dataclass(frozen=True)
+class _CompiledCall:
+    """Compiled code with what it reads.
+
+    Attributes:
+        code: Maps tensors to the leaves of the result.
+        weights: Those of the model's tensors that the code reads.
+        rest: Numbers of the call's tensors that the code reads.
+        structure: Puts the leaves together.
+    """
+
+    code: Callable[..., Any]
+    weights: list[_Weight]
+    rest: list[int]
+    structure: Any
+
+    def fits(self) -> bool:
+        """Whether the weights still have the layout that the code was compiled for."""
+        return all(weight.fits() for weight in self.weights)
+
+    def __call__(self, call: Call) -> Any:
+        given = [*call.moving, *call.held]
+        with torch.no_grad():
+            tensors = [w.plain for w in self.weights] + [_plain(given[i].detach()) for i in self.rest]
+            leaves = self.code(*tensors)
+        return pytree.tree_unflatten(list(leaves), self.structure)
+
+
+def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
+    """Trace a call to a graph of tensors in, tensors out, weights among the inputs, and compile it for some threads."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = _Holder(call.piece.objective.model)
+    slots = _weight_slots(model)
+    weights = [_Weight(own, key) for own, key in slots.values()]
+    structure: list[Any] = []
+    count = len(call.moving)
+
+    def pure(*tensors: Tensor) -> list[Tensor]:
+        given = dict(zip(slots, tensors[: len(slots)], strict=True))
+        rest = tensors[len(slots) :]
+        again = call._replace(moving=list(rest[:count]), held=list(rest[count:]))
+        result = torch.func.functional_call(model, given, (getattr(again, method),))
+        leaves, spec = pytree.tree_flatten(result)
+        structure[:] = [spec]
+        return leaves
+
+    inputs = [w.plain for w in weights] + [_plain(t.detach()) for t in [*call.moving, *call.held]]
+    with torch.no_grad():
+        try:
+            graph = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(call.piece).__name__} cannot be traced, so it cannot be compiled; "
+                "execution='eager' runs it as it is"
+            ) from error
+        used = _drop_unused(graph)
+        with warnings.catch_warnings(), _quiet("torch._inductor.ir"):
+            # Transforms of complex numbers stay outside the compiled kernels, as they should.
+            warnings.filterwarnings("ignore", message=".*complex")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch._inductor import compile as inductor
+
+            # Called from C++, small operations cost half as much as from Python, and leave other threads alone.
+            called = {"cpp_wrapper": inputs[0].device.type == "cpu", "size_asserts": False}
+            options = {**called, "cpp.threads": threads}
+            compiled = inductor(graph, [inputs[i] for i in used], options)
+
+    read = [weights[i] for i in used if i < len(weights)]
+    rest = [i - len(weights) for i in used if i >= len(weights)]
+
+    return _CompiledCall(compiled, read, rest, structure[0])
+
+
+def _weight_slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where a model keeps each parameter and buffer: the dictionary and its key, by full name."""
+    slots: dict[str, tuple[dict[str, Any], str]] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    slots[f"{prefix}.{key}" if prefix else key] = own, key
+    return slots
+
+
+class _Holder(nn.Module):
+    """A module whose forward pass runs any function while the model's weights are exchanged."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @override
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def _drop_unused(graph: torch.fx.GraphModule) -> list[int]:
+    """Remove the inputs that the graph does not read; return the numbers of the others."""
+    used = []
+    for i, node in enumerate(graph.graph.find_nodes(op="placeholder")):
+        if node.users:
+            used.append(i)
+        else:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return used
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor with one of the few layouts that compiled code is made for."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if channels_last is not None and tensor.is_contiguous(memory_format=channels_last):
+        return tensor
+    return tensor.contiguous()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor with the usual strides on axes of one point, where any would do: compilers take them literally."""
+    if not tensor.is_contiguous():
+        return tensor
+    strides = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim))
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Errors alone from a logger: what lacks a way of its own from C++ is called through Python, and works."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
