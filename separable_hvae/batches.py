@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from separable_hvae.checks import came
 from separable_hvae.decomposition import Decomposition, check_finite, pack
 from separable_hvae.hvae import HVAE
 
@@ -50,9 +52,10 @@ class Batches:
         if isinstance(data, Tensor):
             self.data = model.decomp.check_signal(data, "data").to(model.start.device)
             check_finite("data", self.data)
-        elif isinstance(data, (IterableDataset, Mapping)) or not _is_indexed(data):
+        elif isinstance(data, (IterableDataset, Mapping, np.ndarray)) or not _is_indexed(data):
+            hint = ": pass its dataset, and batch_size and workers to fit" if isinstance(data, DataLoader) else ""
             raise TypeError(
-                f"data must be a tensor (N, C, *size) or a map-style dataset of tensors, got {type(data).__name__}"
+                f"data must be a tensor (N, C, *size) or a map-style dataset of tensors, got {came(data)}{hint}"
             )
         self.count = len(cast(Sequence[Tensor], data))
         if not self.count:
@@ -129,7 +132,7 @@ class _Join:
         shape = (self.decomp.channels, *self.decomp.size)
         for item in items:
             if not isinstance(item, Tensor):
-                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {type(item).__name__}")
+                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {came(item)}")
             if tuple(item.shape) != shape:
                 raise ValueError(f"data must hold signals of shape {shape}, got an item of shape {tuple(item.shape)}")
             if item.dtype != items[0].dtype:

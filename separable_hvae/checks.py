@@ -1,10 +1,16 @@
-"""Checks of arguments, in the same words everywhere: what came, and what is allowed."""
+"""Checks of arguments, in the same words everywhere: what came, and what is allowed.
+
+Numbers of numpy count as numbers, and come back as Python's own: a configuration is JSON.
+"""
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, TypeGuard
 
+import numpy as np
 import torch
+from torch import Tensor
 
 Allowed = Literal["positive", "positive and finite", "at least 0 and finite", "in [0, 1)"]
 
@@ -16,42 +22,56 @@ _RANGES: dict[Allowed, Callable[[float], bool]] = {
 }
 
 
-def check_number(name: str, value: object, allowed: Allowed) -> None:
-    """Require an int or a float in a range.
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer; flags and tensors are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number; flags and tensors are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: object, allowed: Allowed) -> float:
+    """Return a number in a range, as an int or a float.
 
     Raises:
         TypeError: If it is no number; flags are none.
         ValueError: If it is out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not _RANGES[allowed](value):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+    number = int(value) if is_integer(value) else float(value)
+    if not _RANGES[allowed](number):
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+    return number
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Require an int of at least ``least``.
+def check_integer(name: str, value: object, least: int) -> int:
+    """Return an integer of at least ``least``, as an int.
 
     Raises:
-        TypeError: If it is no int; flags are none.
+        TypeError: If it is no integer; flags are none.
         ValueError: If it is too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
-def check_seed(name: str, value: object) -> None:
-    """Require an int of 64 bits, which is what a ``torch.Generator`` takes.
+def check_seed(name: str, value: object) -> int:
+    """Return an integer of 64 bits, which is what a ``torch.Generator`` takes, as an int.
 
     Raises:
-        TypeError: If it is no int.
+        TypeError: If it is no integer.
         ValueError: If it has more bits.
     """
-    check_integer(name, value, -(2**63))
-    if isinstance(value, int) and value >= 2**64:
-        raise ValueError(f"{name} must be below 2^64, got {value}")
+    seed = check_integer(name, value, -(2**63))
+    if seed >= 2**64:
+        raise ValueError(f"{name} must be below 2^64, got {seed}")
+    return seed
 
 
 def check_flag(name: str, value: object) -> None:
@@ -69,9 +89,30 @@ def check_callable(name: str, value: object, form: str) -> None:
 def check_instance(name: str, value: object, kind: type) -> None:
     """Raise a ``TypeError`` unless the value is an instance of ``kind``, a class itself being none."""
     if not isinstance(value, kind):
-        article = "an" if kind.__name__.startswith(("A", "E", "HV", "I", "O")) else "a"
-        came = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        raise TypeError(f"{name} must be {article} {kind.__name__}, got {came}")
+        raise TypeError(f"{name} must be {with_article(kind)}, got {came(value)}")
+
+
+def came(value: object) -> str:
+    """What came where an instance of something else was wanted; for an array, what makes a tensor of it."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    return f"{kind}: make it a tensor with torch.from_numpy" if isinstance(value, np.ndarray) else kind
+
+
+def came_as(value: object) -> str:
+    """The dtype of what came where a tensor of another one was wanted, or what came instead of a tensor."""
+    return str(value.dtype) if isinstance(value, Tensor) else came(value)
+
+
+def with_article(kind: type) -> str:
+    """The name of a class with its article, as it is spoken."""
+    return f"{'an' if kind.__name__.startswith(('A', 'E', 'HV', 'I', 'O')) else 'a'} {kind.__name__}"
+
+
+def listed(value: object) -> object:
+    """An array of numpy as a list, anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def check_generator(generator: object) -> None:

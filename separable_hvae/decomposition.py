@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.checks import check_flag, check_instance, check_number
+from separable_hvae.checks import came, came_as, check_flag, check_instance, check_number, is_integer, is_number, listed
 from separable_hvae.laws import LawReport, measure_laws
 
 P = ParamSpec("P")
@@ -147,6 +147,7 @@ class Decomposition(nn.Module, ABC):
             )
 
     def _checked_scales(self, scales: Sequence[int]) -> tuple[int, ...]:
+        scales = cast(Sequence[int], listed(scales))
         if isinstance(scales, str) or not isinstance(scales, Sequence):
             raise TypeError(f"scales must be a sequence of integers, got {scales!r}")
         checked = tuple(_positive("scales", s) for s in scales)
@@ -279,7 +280,7 @@ class Decomposition(nn.Module, ABC):
             ValueError: If its shape is not ``(B, C, *size)`` or it holds no signal.
         """
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {came(x)}")
         if x.dtype not in (_COMPLEX if self.is_complex else _REAL):
             kind = "complex" if self.is_complex else "real floating-point"
             raise TypeError(f"{name} must be {kind} for {type(self).__name__}, got {x.dtype}")
@@ -450,8 +451,9 @@ def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
         TypeError: If it is neither an int nor a sequence.
         ValueError: If a sequence has another number of axes than ``dims``.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        return (size,) * (dims or 2)
+    size = cast("int | Sequence[int]", listed(size))
+    if is_integer(size):
+        return (int(size),) * (dims or 2)
     if isinstance(size, str) or not isinstance(size, Sequence):
         raise TypeError(f"size must be an int or a sequence of ints, got {size!r}")
     if dims is not None and len(size) != dims:
@@ -460,7 +462,7 @@ def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
 
 
 def plain(name: str, value: Any) -> Any:
-    """Return ``value`` as JSON gives it back: sequences become lists.
+    """Return ``value`` as JSON gives it back: sequences become lists, numbers of numpy those of Python.
 
     Raises:
         TypeError: If JSON cannot hold it, or only as something else.
@@ -469,18 +471,20 @@ def plain(name: str, value: Any) -> Any:
         return [plain(name, v) for v in value]
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
         return {k: plain(name, v) for k, v in value.items()}
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+    if value is None or isinstance(value, (bool, str)):
         return value
+    if is_number(value) and math.isfinite(value):
+        return int(value) if is_integer(value) else float(value)
     shown = type(value).__name__ if isinstance(value, (Tensor, nn.Module)) else repr(value)
     raise TypeError(f"{name} holds {shown}, which JSON cannot hold")
 
 
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _positive(name: str, value: object) -> int:
+    if not is_integer(value):
         raise TypeError(f"{name} must be integers, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
-    return value
+    return int(value)
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -488,10 +492,8 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _checked(name: str, h: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(h, Tensor):
-        raise TypeError(f"{name} must be a real tensor, got {type(h).__name__}")
-    if h.dtype not in _REAL:
-        raise TypeError(f"{name} must be a real tensor, got {h.dtype}")
+    if not isinstance(h, Tensor) or h.dtype not in _REAL:
+        raise TypeError(f"{name} must be a real tensor, got {came_as(h)}")
     if not h.ndim or tuple(h.shape[1:]) != tuple(shape):
         raise ValueError(f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(h.shape)}")
     return _widen(h)

@@ -34,8 +34,7 @@ def evaluate(model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0)
         ValueError: If the data do not fit the model, are none or not finite, or a number is out of range.
     """
     check_instance("model", model, HVAE)
-    check_integer("batch_size", batch_size, 1)
-    check_seed("seed", seed)
+    batch_size, seed = check_integer("batch_size", batch_size, 1), check_seed("seed", seed)
     check_finite("data", model.decomp.check_signal(data, "data"))
     was_training = model.training
     try:

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +23,16 @@ from typing_extensions import override
 
 from separable_hvae.blocks import Encoder
 from separable_hvae.calibration import BandMoments, units
-from separable_hvae.checks import check_flag, check_generator, check_integer, check_number
+from separable_hvae.checks import (
+    came_as,
+    check_flag,
+    check_generator,
+    check_integer,
+    check_number,
+    is_integer,
+    is_number,
+    listed,
+)
 from separable_hvae.decomposition import Decomposition, check_finite, full_precision, pack
 from separable_hvae.heads import HEADS, ScaleHead
 from separable_hvae.saving import Pretrained
@@ -134,10 +144,9 @@ class HVAE(Pretrained, nn.Module):
         if not isinstance(decomp, Decomposition):
             raise TypeError(f"decomp must be a Decomposition, got {type(decomp).__name__}")
         self.decomp = decomp.bind(decomp.scales if scales is None else scales)
-        numbers = {"width": width, "bottleneck": bottleneck, "latent_channels": latent_channels}
-        for name, value in numbers.items():
-            check_integer(name, value, 1)
-        check_integer("blocks", blocks, 0)
+        width, bottleneck = check_integer("width", width, 1), check_integer("bottleneck", bottleneck, 1)
+        latent_channels = check_integer("latent_channels", latent_channels, 1)
+        blocks = check_integer("blocks", blocks, 0)
         check_flag("band_input", band_input)
         counts = self._layers_by_scale(layers)
         self.depth = sum(counts)
@@ -174,12 +183,14 @@ class HVAE(Pretrained, nn.Module):
                 self._warn_of_few_latents(pending, latent_channels)
                 pending = {}
         self.subsets = cast(Sequence[Subset], nn.ModuleList(subsets))
-        self._set_sigma(sigma)
+        sigma = self._set_sigma(sigma)
         self._moments: list[BandMoments] | None = None
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
         self.config: dict[str, Any] = {
-            "layers": layers if isinstance(layers, int) else list(layers),
-            **numbers,
+            "layers": counts[0] if is_integer(layers) else counts,
+            "width": width,
+            "bottleneck": bottleneck,
+            "latent_channels": latent_channels,
             "blocks": blocks,
             "head": head,
             "sigma": sigma,
@@ -187,16 +198,15 @@ class HVAE(Pretrained, nn.Module):
         }
 
     def _layers_by_scale(self, layers: int | Sequence[int]) -> list[int]:
-        if isinstance(layers, str) or not isinstance(layers, (int, Sequence)):
+        layers = cast("int | Sequence[int]", listed(layers))
+        if isinstance(layers, str) or not isinstance(layers, (Integral, Sequence)):
             raise TypeError(f"layers must be an integer or one for each scale, got {layers!r}")
-        counts = [layers] * len(self.scales) if isinstance(layers, int) else list(layers)
+        counts = list(layers) if isinstance(layers, Sequence) else [layers] * len(self.scales)
         if len(counts) != len(self.scales):
             raise ValueError(
                 f"layers must be one number or one for each of the {len(self.scales)} scales, got {len(counts)}"
             )
-        for count in counts:
-            check_integer("layers", count, 1)
-        return counts
+        return [check_integer("layers", count, 1) for count in counts]
 
     def _warn_of_few_latents(self, layers: dict[int, int], channels: int) -> None:
         scale = max(layers)
@@ -209,20 +219,20 @@ class HVAE(Pretrained, nn.Module):
                 stacklevel=3,
             )
 
-    def _set_sigma(self, sigma: float | Literal["learned"]) -> None:
+    def _set_sigma(self, sigma: float | Literal["learned"]) -> float | Literal["learned"]:
         if isinstance(sigma, str):
             if sigma != "learned":
                 raise ValueError(f"sigma must be a positive number or 'learned', got {sigma!r}")
             self.log_sigma = nn.Parameter(torch.tensor(math.log(0.1)))
-            return
-        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+            return sigma
+        if not is_number(sigma):
             raise TypeError(f"sigma must be a positive number or 'learned', got {sigma!r}")
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma must be positive and finite, got {sigma}")
+        sigma = check_number("sigma", sigma, "positive and finite")
         least, most = _SIGMA_RANGE
         if not least <= sigma <= most:
             raise ValueError(f"sigma must be between {least:g} and {most:g}, got {sigma}: rescale the data")
         self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
+        return sigma
 
     @property
     def scales(self) -> tuple[int, ...]:
@@ -354,7 +364,7 @@ class HVAE(Pretrained, nn.Module):
             temperature: Factor on the posteriors' standard deviation; 0 takes their means, 1 samples.
             generator: Random numbers of the samples.
         """
-        _check_draws(temperature, generator)
+        temperature = _check_draws(temperature, generator)
         seen = self.observe(x)
         if self.training:
             self._observe_bands(seen)
@@ -369,7 +379,7 @@ class HVAE(Pretrained, nn.Module):
             generator: Random numbers of the posterior samples.
             kl_weight: Factor on the KL terms, for a warm-up.
         """
-        check_number("kl_weight", kl_weight, "at least 0 and finite")
+        kl_weight = check_number("kl_weight", kl_weight, "at least 0 and finite")
         result = self(x, generator)
         loss: Tensor = ((result.data + kl_weight * result.kl.sum(1)) / self.decomp.numel).mean()
         return loss
@@ -397,7 +407,7 @@ class HVAE(Pretrained, nn.Module):
             ValueError: If there are too many entries, none is a tensor, or one has the wrong shape or is on
                 another device than the model.
         """
-        _check_draws(temperature, generator)
+        temperature = _check_draws(temperature, generator)
         full = self.check_latents(latents)
         if until is not None:
             self.decomp.band_index(until)
@@ -413,8 +423,7 @@ class HVAE(Pretrained, nn.Module):
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` signals ``(n, C, *size)`` from the model (the likelihood's mean, without its noise)."""
-        check_integer("n", n, 1)
-        _check_draws(temperature, generator)
+        n, temperature = check_integer("n", n, 1), _check_draws(temperature, generator)
         passes = self.top_down([None] * self.depth, n, temperature=temperature, generator=generator)
         return self.result(passes, self._signal_dtype(passes[0].band.dtype)).reconstruction
 
@@ -475,9 +484,7 @@ class HVAE(Pretrained, nn.Module):
             if z is None:
                 continue
             if not isinstance(z, Tensor) or not z.is_floating_point():
-                raise TypeError(
-                    f"{name}[{i}] must be a real tensor or None, got {getattr(z, 'dtype', type(z).__name__)}"
-                )
+                raise TypeError(f"{name}[{i}] must be a real tensor or None, got {came_as(z)}")
             if tuple(z.shape) != (batch, *shape):
                 raise ValueError(f"{name}[{i}] must have shape {(batch, *shape)}, got {tuple(z.shape)}")
             if not batch:
@@ -521,6 +528,6 @@ def _head_class(head: str | type[ScaleHead]) -> Callable[..., ScaleHead]:
     return head
 
 
-def _check_draws(temperature: float, generator: torch.Generator | None) -> None:
-    check_number("temperature", temperature, "at least 0 and finite")
+def _check_draws(temperature: float, generator: torch.Generator | None) -> float:
     check_generator(generator)
+    return check_number("temperature", temperature, "at least 0 and finite")

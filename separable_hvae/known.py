@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.checks import check_callable, check_generator, check_instance
+from separable_hvae.checks import came_as, check_callable, check_generator, check_instance
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition, check_finite, full_precision
 from separable_hvae.hvae import HVAE, Observation
@@ -214,9 +214,7 @@ def masks_of(decomp: Decomposition, project: Callable[[Tensor], Tensor]) -> list
 
 def _check_band(index: int, band: Tensor) -> None:
     if not isinstance(band, Tensor) or not band.is_floating_point():
-        raise TypeError(
-            f"bands[{index}] must be a real tensor or None, got {getattr(band, 'dtype', type(band).__name__)}"
-        )
+        raise TypeError(f"bands[{index}] must be a real tensor or None, got {came_as(band)}")
     if not band.ndim or not len(band):
         raise ValueError(f"bands[{index}] must hold at least one sample, batch first, got shape {tuple(band.shape)}")
 
@@ -230,7 +228,7 @@ def _mask(index: int, mask: Tensor | None, band: Tensor | None) -> Tensor | None
     if mask is None:
         return torch.ones_like(band, dtype=torch.bool)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"masks[{index}] must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        raise TypeError(f"masks[{index}] must be a bool tensor, got {came_as(mask)}")
     try:
         return mask.to(band.device).expand_as(band)
     except RuntimeError:

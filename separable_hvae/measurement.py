@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.checks import check_callable, check_flag, check_generator, check_instance
+from separable_hvae.checks import came_as, check_callable, check_flag, check_generator, check_instance, is_number
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition, check_finite, full_precision
 from separable_hvae.hvae import HVAE, Observation
@@ -77,7 +77,7 @@ class Measurement(DataTerm):
         fill: Fill = "bands",
     ) -> None:
         if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
-            raise TypeError(f"y must be a real or complex tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+            raise TypeError(f"y must be a real or complex tensor, got {came_as(y)}")
         if y.ndim < 2 or not len(y):
             raise ValueError(f"y must hold at least one sample, batch first, got shape {tuple(y.shape)}")
         if isinstance(operator, Physics) and callable(operator.A):
@@ -103,7 +103,7 @@ class Measurement(DataTerm):
             raise ValueError("start must be given where the operator is not linear: the encoder has to see signals")
         if fill not in list(FILLS):
             raise ValueError(f"fill must be one of {sorted(FILLS)}, got {fill!r}")
-        if isinstance(noise, bool) or not isinstance(noise, (Noise, int, float)):
+        if not isinstance(noise, Noise) and not is_number(noise):
             raise TypeError(f"noise must be a Noise or a standard deviation, got {noise!r}")
         self.noise = noise if isinstance(noise, Noise) else GaussianNoise(noise)
         self.noise.check(y)

@@ -56,7 +56,7 @@ class GaussianNoise(Noise):
     sigma: float
 
     def __post_init__(self) -> None:
-        check_number("sigma", self.sigma, "at least 0 and finite")
+        object.__setattr__(self, "sigma", check_number("sigma", self.sigma, "at least 0 and finite"))
 
     @override
     def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class LaplaceNoise(Noise):
     sigma: float
 
     def __post_init__(self) -> None:
-        check_number("sigma", self.sigma, "at least 0 and finite")
+        object.__setattr__(self, "sigma", check_number("sigma", self.sigma, "at least 0 and finite"))
 
     @override
     def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class PoissonNoise(Noise):
     gain: float
 
     def __post_init__(self) -> None:
-        check_number("gain", self.gain, "positive and finite")
+        object.__setattr__(self, "gain", check_number("gain", self.gain, "positive and finite"))
 
     @override
     def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:

@@ -92,6 +92,5 @@ def by_scale(name: str, value: ByScale, scales: Sequence[int]) -> dict[int, floa
             raise ValueError(f"{name} must have one entry for each of the {len(scales)} scales, got {len(values)}")
     else:
         values = [value] * len(scales)
-    for v in values:
-        check_number(name, v, "at least 0 and finite")
-    return dict(zip(scales, values, strict=True))
+    numbers = [check_number(name, v, "at least 0 and finite") for v in values]
+    return dict(zip(scales, numbers, strict=True))

@@ -87,16 +87,16 @@ class Options:
     def __post_init__(self) -> None:
         if self.steps is None and self.time_budget is None:
             raise ValueError("fit needs steps or time_budget")
-        for name, value in vars(self).items():
+        for name, value in list(vars(self).items()):
             if value is None and name in _MAY_BE_NONE:
                 continue
             if name in _INTEGERS:
-                check_integer(name, value, _INTEGERS[name])
+                self._set(name, check_integer(name, value, _INTEGERS[name]))
             if name in _NUMBERS:
-                check_number(name, value, _NUMBERS[name])
+                self._set(name, check_number(name, value, _NUMBERS[name]))
             if name in _CALLABLES:
                 check_callable(name, value, _CALLABLES[name])
-        check_seed("seed", self.seed)
+        self._set("seed", check_seed("seed", self.seed))
         check_flag("progress", self.progress)
         for name, path in {"checkpoint": self.checkpoint, "log": self.log}.items():
             if path is not None and not isinstance(path, (str, os.PathLike)):
@@ -107,9 +107,12 @@ class Options:
             raise ValueError(f"log must be a file, got the folder {self.log}")
         if self.settings is not None:
             check_instance("settings", self.settings, Mapping)
-            plain("settings", dict(self.settings))
+            self._set("settings", plain("settings", dict(self.settings)))
             if own := sorted(_OWN_SETTINGS & set(self.settings)):
                 raise ValueError(f"settings must not hold {own}, which a checkpoint holds anyway")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def check_model(self, model: object) -> None:
         """Require a model that can be trained, and that takes the held-out signals."""

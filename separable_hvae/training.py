@@ -150,9 +150,9 @@ def fit(
         accelerator = _accelerator(accelerator)
     except ImportError as error:
         raise ImportError('fit needs the extra "train": pip install "separable-hvae[train]"') from error
-    main = accelerator.is_main_process
+    main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     model.to(accelerator.device)
-    batches = Batches(model, data, batch_size, seed, workers, accelerator.process_index, accelerator.num_processes)
+    batches = Batches(model, data, options.batch_size, options.seed, options.workers, rank, world)
     file = options.file
     resumed = file is not None and file.exists()
     if not resumed and not int(model.calibrated):
@@ -162,6 +162,7 @@ def fit(
     if file is not None and resumed:
         state.load(file)
     records = Records(Path(log), state.step if resumed else None) if log is not None and main else None
+    shown = options.progress and main
 
     def save() -> None:
         if file is not None and main:
@@ -170,7 +171,7 @@ def fit(
     with (
         learner.learning(),
         Interruption() as interruption,
-        tqdm(total=steps, initial=state.step, disable=not (progress and main), unit="step", dynamic_ncols=True) as bar,
+        tqdm(total=options.steps, initial=state.step, disable=not shown, unit="step", dynamic_ncols=True) as bar,
     ):
         if not resumed:
             save()
@@ -183,7 +184,7 @@ def fit(
                 interrupted = done < 1
                 break
             journal.note(learner.step(batch, done))
-            if time.monotonic() - saved > checkpoint_every:
+            if time.monotonic() - saved > options.checkpoint_every:
                 state.seconds = clock() - began
                 save()
                 saved = time.monotonic()

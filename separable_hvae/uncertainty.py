@@ -43,7 +43,7 @@ def posterior_draws(
     if not isinstance(known, (KnownBands, Measurement)):
         raise TypeError(f"known must be KnownBands or a Measurement, got {type(known).__name__}")
     check_instance("refiner", refiner, Refiner)
-    check_integer("n", n, 2)
+    n = check_integer("n", n, 2)
     check_generator(generator)
     if not refiner.sample or not isinstance(refiner.init, str):
         raise ValueError("refiner must start from draws: pass one with sample=True, from the posterior or the prior")

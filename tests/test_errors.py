@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ NO: Any = None
 TEXT: Any = "text"
 LIST: Any = [2]
 ONE: Any = 1
+ARRAY: Any = X.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,21 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         ValueError,
         r"sigma must be between 0\.0001 and 100, got 1e-05: rescale the data",
     ),
+    "a flag for a number": (
+        lambda m: HVAE(FFT2Real(8), width=np.True_),  # type: ignore[arg-type]
+        TypeError,
+        r"width must be an integer, got (np\.)?True",
+    ),
+    "scales as fractions in an array": (
+        lambda m: FFT2Real(8, 1, np.array([2.0, 8.0])),  # type: ignore[arg-type]
+        TypeError,
+        r"scales must be integers, got 2\.0",
+    ),
+    "layers as an array of the wrong length": (
+        lambda m: HVAE(FFT2Real(8), layers=np.array([1, 2])),  # type: ignore[arg-type]
+        ValueError,
+        r"layers must be one number or one for each of the 4 scales, got 2",
+    ),
     # Called wrongly.
     "a seed for a generator": (lambda m: m(X, 3), TypeError, r"generator must be a torch\.Generator or None, got 3"),
     "a seed to sample with": (lambda m: m.sample(2, generator=ONE), TypeError, r"generator must be .* or None, got 1"),
@@ -189,6 +206,46 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         r"trust_import_paths must be True or False, got 'text'",
     ),
     "no signals": (lambda m: m(NO), TypeError, r"x must be a torch\.Tensor, got NoneType"),
+    "an array of signals": (
+        lambda m: m.encode(ARRAY),
+        TypeError,
+        r"x must be a torch\.Tensor, got ndarray: make it a tensor with torch\.from_numpy$",
+    ),
+    "an array of latents": (
+        lambda m: m.decode([ARRAY]),
+        TypeError,
+        r"latents\[0\] must be a real tensor or None, got ndarray: make it a tensor with torch\.from_numpy$",
+    ),
+    "an array for a band": (
+        lambda m: m.decomp.synthesis([ARRAY]),
+        TypeError,
+        r"the band at scale 2 must be a real tensor, got ndarray: make it a tensor with torch\.from_numpy$",
+    ),
+    "arrays to calibrate on": (
+        lambda m: m.calibrate(ARRAY),
+        TypeError,
+        r"data must be a torch\.Tensor, got ndarray: make it a tensor with torch\.from_numpy$",
+    ),
+    "an array to refine": (
+        lambda m: MAPRefiner(1)(m, ARRAY),
+        TypeError,
+        r"x must be a .*, got ndarray",
+    ),
+    "an array as a signal": (
+        lambda m: Signal(ARRAY),
+        TypeError,
+        r"x must be a Tensor, got ndarray: make it a tensor with torch\.from_numpy$",
+    ),
+    "an array of measurements": (
+        lambda m: Measurement(ARRAY, half, 0.1),
+        TypeError,
+        r"y must be a real or complex tensor, got ndarray: make it a tensor with torch\.from_numpy$",
+    ),
+    "an array as a known band": (
+        lambda m: KnownBands([ARRAY]),
+        TypeError,
+        r"bands\[0\] must be a real tensor or None, got ndarray: make it a tensor with torch\.from_numpy$",
+    ),
     "half of a complex signal": (
         lambda m: FFT2Complex(4).analysis(X),
         TypeError,

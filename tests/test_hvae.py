@@ -2,7 +2,8 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -43,6 +44,27 @@ def tiny(decomp: Decomposition, *, perturbed: bool = True, seed: int = 0, **opti
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    two: Any = np.int64(2)
+    numbers: dict[str, Any] = {"width": 4 * two, "bottleneck": 2 * two, "blocks": np.int8(0), "sigma": np.float32(0.25)}
+    size, scales = (cast(Any, np.array(values)) for values in ([8, 8], [1, 4, 8]))
+    decomp = FFT2Real(size, channels=two, scales=scales)
+    stacks: list[tuple[Any, Any]] = [(two, 2), (np.array([1, 2, 1]), [1, 2, 1]), ([two, 1, 2], [2, 1, 2])]
+    for layers, plain in stacks:
+        model = HVAE(decomp, layers=layers, latent_channels=two, **numbers)
+        assert (model.decomp.size, model.decomp.channels, model.scales) == ((8, 8), 2, (1, 4, 8))
+        assert model.config["layers"] == plain
+        assert all(type(v) in (int, float, bool, str, list) for v in model.config.values())
+        model.save_pretrained(tmp_path)
+        assert HVAE.from_pretrained(tmp_path).config == model.config
+    model = HVAE(decomp, scales=scales[1:], layers=1, **numbers)
+    assert model.scales == (4, 8)
+    drawn = model.sample(two, temperature=cast(Any, np.float32(0.5)))
+    assert drawn.shape == (2, 2, 8, 8)
+    assert len(model.decode(model.encode(drawn).latents, until=two * two).bands) == 1
+    assert Identity(two, two).size == (2, 2)
 
 
 def layer_passes(model: HVAE, run: Callable[[], object]) -> list[LayerPass]:

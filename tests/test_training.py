@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -862,6 +862,9 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str) 
         ({"heldout": torch.full((2, 1, 4), math.inf)}, ValueError, "heldout must be finite, got NaN or infinity"),
         ({"heldout": torch.zeros(0, 1, 4)}, ValueError, "heldout must hold at least one signal, got shape (0, 1, 4)"),
         ({"heldout": [waves()]}, TypeError, "heldout must be a torch.Tensor, got list"),
+        ({"steps": np.True_}, TypeError, "steps must be an integer, got np.True_"),
+        ({"batch_size": np.float32(8)}, TypeError, "batch_size must be an integer, got np.float32(8.0)"),
+        ({"seed": torch.tensor(1)}, TypeError, "seed must be an integer, got tensor(1)"),
         ({"steps": "10"}, TypeError, "steps must be an integer, got '10'"),
         ({"time_budget": "9m"}, TypeError, "time_budget must be a number, got '9m'"),
         ({"time_budget": math.inf}, ValueError, "time_budget must be positive and finite, got inf"),
@@ -936,7 +939,8 @@ class Labelled(Waves):
         (
             DataLoader,
             TypeError,
-            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got DataLoader",
+            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got DataLoader: pass its "
+            "dataset, and batch_size and workers to fit",
         ),
         (
             lambda x: Stream(),
@@ -945,7 +949,18 @@ class Labelled(Waves):
         ),
         (lambda x: x + 0j, TypeError, "data must be real floating-point for FFT1Real, got torch.complex64"),
         (lambda x: x.byte(), TypeError, "data must be real floating-point for FFT1Real, got torch.uint8"),
-        (lambda x: x.numpy(), TypeError, "data must be a dataset of tensors (C, *size), got an item of ndarray"),
+        (
+            lambda x: x.numpy(),
+            TypeError,
+            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got ndarray: make it a tensor with "
+            "torch.from_numpy",
+        ),
+        (
+            lambda x: Waves(x.numpy()),
+            TypeError,
+            "data must be a dataset of tensors (C, *size), got an item of ndarray: make it a tensor with "
+            "torch.from_numpy",
+        ),
         (Labelled, TypeError, "data must be a dataset of tensors (C, *size), got an item of tuple"),
     ],
 )
@@ -987,6 +1002,19 @@ def test_the_model_must_be_one_that_can_be_trained() -> None:
         train(model)
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    plain, numpy = fresh(), fresh()
+    options: dict[str, Any] = {"steps": 5, "batch_size": 8, "seed": 2**40, "every": 2, "learning_rate": 2.0**-8}
+    train(plain, checkpoint=tmp_path, settings={"crops": 3}, **options)
+    kinds = (np.int64, np.uint8, np.int64, np.int32, np.float32)
+    given = {name: kind(value) for kind, (name, value) in zip(kinds, options.items(), strict=True)}
+    train(numpy, settings={"crops": np.int64(3)}, **given)
+    assert same(weights(plain), weights(numpy))
+    train(numpy, checkpoint=tmp_path, settings={"crops": np.int64(3)}, **given)
+    seven, three = cast(Any, np.array([7, 3]))
+    assert evaluate(plain, waves(), batch_size=seven, seed=three) == evaluate(plain, waves(), batch_size=7, seed=3)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_training_needs_no_mode(mode: Callable[[], Any]) -> None:
     models = fresh(), fresh()
@@ -1002,7 +1030,11 @@ def test_training_needs_no_mode(mode: Callable[[], Any]) -> None:
         ({"model": torch.nn.Linear(4, 4)}, TypeError, "model must be an HVAE, got Linear"),
         ({"model": HVAE}, TypeError, "model must be an HVAE, got the class HVAE"),
         ({"data": waves()[:0]}, ValueError, "data must hold at least one signal, got shape (0, 1, 4)"),
-        ({"data": waves().numpy()}, TypeError, "data must be a torch.Tensor, got ndarray"),
+        (
+            {"data": waves().numpy()},
+            TypeError,
+            "data must be a torch.Tensor, got ndarray: make it a tensor with torch.from_numpy",
+        ),
         ({"data": waves()[..., :3]}, ValueError, "data must have shape (B, 1, 4), got (40, 1, 3)"),
         ({"data": waves() + 0j}, TypeError, "data must be real floating-point for FFT1Real, got torch.complex64"),
         ({"data": waves() / 0}, ValueError, "data must be finite, got NaN or infinity"),

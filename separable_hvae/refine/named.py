@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from separable_hvae.checks import with_article
+
 T = TypeVar("T")
 
 
@@ -15,12 +17,8 @@ def named(name: str, value: Any, known: Mapping[str, Callable[[], T]], base: typ
     """
     if isinstance(value, str):
         if value not in known:
-            raise ValueError(f"{name} must be one of {sorted(known)} or {_a(base)}, got {value!r}")
+            raise ValueError(f"{name} must be one of {sorted(known)} or {with_article(base)}, got {value!r}")
         return known[value]()
     if not isinstance(value, base):
-        raise TypeError(f"{name} must be a name or {_a(base)}, got {value!r}")
+        raise TypeError(f"{name} must be a name or {with_article(base)}, got {value!r}")
     return value
-
-
-def _a(base: type) -> str:
-    return f"{'an' if base.__name__.startswith('E') else 'a'} {base.__name__}"
