@@ -250,6 +250,11 @@ class HVAE(Pretrained, nn.Module):
         return [(layer.latent_channels, *layer.grid) for subset in self.subsets for layer in subset.layers]
 
     @property
+    def precision(self) -> torch.dtype:
+        """The real dtype of everything outside the networks: float32, or float64 in a float64 model."""
+        return torch.float64 if self.start.dtype == torch.float64 else torch.float32
+
+    @property
     def sigma(self) -> Tensor:
         """Standard deviation of the likelihood, in the data's units: a scalar."""
         return self.log_sigma.clamp(*_LOG_SIGMA_RANGE).exp()
@@ -267,7 +272,7 @@ class HVAE(Pretrained, nn.Module):
         if x.device != self.start.device:
             raise ValueError(f"x is on {x.device}, the model on {self.start.device}")
         check_finite("x", x)
-        x = x.to(self._signal_dtype(self._precision))
+        x = x.to(self._signal_dtype(self.precision))
         activations = self.encoder(pack(x).to(self.start.dtype))
         targets = None
         if self.decomp.orthonormal:
@@ -505,12 +510,7 @@ class HVAE(Pretrained, nn.Module):
             raise ValueError(
                 f"{name} must hold {len(full)} tensors, one for each layer, for {batch} signals, got {got}"
             )
-        return [z.detach().to(self.start.device, self._precision) for z in given]
-
-    @property
-    def _precision(self) -> torch.dtype:
-        """The real dtype of everything outside the networks: float32, or float64 in a float64 model."""
-        return torch.float64 if self.start.dtype == torch.float64 else torch.float32
+        return [z.detach().to(self.start.device, self.precision) for z in given]
 
     def _signal_dtype(self, real: torch.dtype) -> torch.dtype:
         if not self.decomp.is_complex:

@@ -19,7 +19,7 @@ from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition, check_finite, full_precision
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.noise import GaussianNoise
-from separable_hvae.prior import mean_bands, precision, standard
+from separable_hvae.prior import mean_bands, standard
 
 
 class KnownBands(DataTerm):
@@ -146,7 +146,7 @@ class KnownBands(DataTerm):
             elif band.device != model.start.device:
                 raise ValueError(f"the band at scale {scale} is on {band.device}, the model on {model.start.device}")
             # Values that are not known may be anything, NaN too.
-            band = torch.where(mask, band, 0).to(precision(model))
+            band = torch.where(mask, band, 0).to(model.precision)
             check_finite(f"what is known of the band at scale {scale}", band)
             read.append((band.detach(), mask))
         return [band for band, _ in read], [mask for _, mask in read]

@@ -29,7 +29,7 @@ from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise
 from separable_hvae.operators import Kept, Map, Operator, condition, real
 from separable_hvae.physics import Physics, noise_of
-from separable_hvae.prior import covariance, draw, mean_bands, precision, standard, white
+from separable_hvae.prior import covariance, draw, mean_bands, standard, white
 
 Fill = Literal["bands", "mean"]
 FILLS: dict[Fill, Callable[[HVAE, Tensor], Tensor]] = {"bands": covariance, "mean": white}
@@ -204,7 +204,7 @@ class Measurement(DataTerm):
         for name, tensor in {"y": self.y, **{f"given[{i}]": t for i, t in enumerate(self.given)}}.items():
             if tensor.device != model.start.device:
                 raise ValueError(f"{name} is on {tensor.device}, the model on {model.start.device}")
-        wanted = precision(model)
+        wanted = model.precision
 
         def cast(t: Tensor) -> Tensor:
             # Tensors from inference mode could not be used with autograd.

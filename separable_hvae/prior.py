@@ -14,14 +14,9 @@ from separable_hvae.decomposition import full_precision
 from separable_hvae.hvae import HVAE
 
 
-def precision(model: HVAE) -> torch.dtype:
-    """The real dtype of everything outside a model's networks: float32, or float64 in a float64 model."""
-    return torch.float64 if model.start.dtype == torch.float64 else torch.float32
-
-
 def mean_bands(model: HVAE) -> list[Tensor]:
     """The mean of each band, ``(1, *band_shape)``; zeros before the model is calibrated."""
-    return [subset.centre.detach()[None].to(precision(model)) for subset in model.subsets]
+    return [subset.centre.detach()[None].to(model.precision) for subset in model.subsets]
 
 
 def deviations(model: HVAE) -> list[float]:
@@ -51,7 +46,7 @@ def draw(model: HVAE, unknown: Sequence[int], generator: torch.Generator) -> lis
     for i, (subset, unit) in enumerate(zip(model.subsets, deviations(model), strict=True)):
         shape, device = (1, *subset.centre.shape), generator.device
         noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
-        bands.append((unit * noise if i in unknown else 0 * noise).to(subset.centre.device, precision(model)))
+        bands.append((unit * noise if i in unknown else 0 * noise).to(subset.centre.device, model.precision))
     return bands
 
 
