@@ -4,14 +4,24 @@ r"""Standardised bands.
 
 over the training data: m_s for each coefficient, u_s one number for the band. Natural spectra span
 orders of magnitude and have a mean far from zero; networks see and predict numbers of order one.
+
+Against the mean signal, whatever latents say can raise log p(x | z) of a signal by no more than
+
+    E ‖x − m‖² / 2σ²                                                          nats on average,
+
+which they have to pay for with their KL. Where it is a few nats for a whole signal, none will be used.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_FAR_ABOVE = 10.0
+_WORTH_LEARNING = 10.0  # Nats.
 
 
 @dataclass
@@ -53,3 +63,24 @@ def units(moments: Sequence[BandMoments]) -> list[float]:
     entries = sum(m.mean.numel() for m in moments)
     rounding = 1e-6 * math.sqrt(sum(m.square * m.mean.numel() for m in moments) / entries)
     return [m.deviation if m.deviation > rounding else 1.0 for m in moments]
+
+
+def warn_of_large_sigma(sigma: float, signals: BandMoments) -> None:
+    """Warn if the likelihood's deviation hides all that signals have to say.
+
+    It has to be ten times the signals' own, *and* leave less than ten nats for a whole signal: a few bright points
+    on black, or one smooth offset, deviate little on average and can be learnt all the same.
+
+    Args:
+        sigma: Standard deviation of the likelihood, the least one if it is learned.
+        signals: Moments of the signals as real numbers.
+    """
+    deviation = signals.deviation
+    worth = 0.5 * signals.mean.numel() * (deviation / sigma) ** 2
+    if 0 < _FAR_ABOVE * deviation < sigma and worth < _WORTH_LEARNING:
+        warnings.warn(
+            f"sigma is {sigma:.2g}, but the data deviate from their mean by only {deviation:.2g}: latents could tell "
+            f"at most {worth:.2g} nats of a signal, so that next to nothing will be learnt; rescale the data to a "
+            "deviation near 1, or pass a smaller sigma, a tenth of their deviation to begin with",
+            stacklevel=4,
+        )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.blocks import Encoder
-from separable_hvae.calibration import BandMoments, units
+from separable_hvae.calibration import BandMoments, units, warn_of_large_sigma
 from separable_hvae.checks import (
     came_as,
     check_flag,
@@ -434,7 +434,10 @@ class HVAE(Pretrained, nn.Module):
 
     @torch.no_grad()
     def calibrate(self, data: Tensor | Iterable[Tensor]) -> None:
-        """Standardise bands by their mean and deviation over ``data``, signals or batches of them."""
+        """Standardise bands by their mean and deviation over ``data``, signals or batches of them.
+
+        Warns if ``sigma`` is so far above the data's own deviation that there is nothing to learn.
+        """
         if isinstance(data, Tensor):
             data = data.split(256) if data.ndim else [data]
         try:
@@ -442,18 +445,21 @@ class HVAE(Pretrained, nn.Module):
         except TypeError:
             kind = type(data).__name__
             raise TypeError(f"data must be a tensor (N, C, *size) or an iterable of such batches, got {kind}") from None
-        moments: list[BandMoments] = []
+        moments: list[BandMoments] = []  # Of the bands, and of the signals themselves.
         for batch in batches:
             x = self.decomp.check_signal(batch, "data").to(self.start.device)
             check_finite("data", x)
             if len(x):
                 with full_precision(x.device):
-                    here = [BandMoments.of(band) for band in self.decomp.analysis(x)]
+                    here = [BandMoments.of(part) for part in (*self.decomp.analysis(x), pack(x))]
                 moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
         if not moments:
             raise ValueError("data must hold at least one signal")
-        self._standardise(moments)
+        *bands, signals = moments
+        self._standardise(bands)
         self.calibrated.fill_(_WARM_UP_BATCHES)
+        is_learned = isinstance(self.log_sigma, nn.Parameter)
+        warn_of_large_sigma(_SIGMA_RANGE[0] if is_learned else float(self.sigma), signals)
 
     @torch.no_grad()
     def _observe_bands(self, seen: Observation) -> None:

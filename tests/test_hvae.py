@@ -67,6 +67,48 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     assert Identity(two, two).size == (2, 2)
 
 
+ROOM: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
+    "images": (lambda x: 0.5 * x, 0.1),
+    "large numbers": (lambda x: 100 * x, 0.1),
+    "a tenth of sigma": (lambda x: 0.011 * x, 0.1),
+    "one smooth offset": (lambda x: 0.02 * x[..., :1, :1].expand_as(x), 0.25),
+    "a few bright points": (lambda x: 1.0 * (x > 3.4), 0.2),
+    "one signal": (lambda x: x[:1], 0.1),
+    "nothing but a mean": (lambda x: 0 * x + 3, 0.1),
+    "learned": (lambda x: 1e-4 * x, "learned"),
+}
+
+
+@pytest.mark.parametrize(("make", "sigma"), ROOM.values(), ids=ROOM)
+def test_ordinary_data_are_calibrated_without_a_word(make: Callable[[Tensor], Tensor], sigma: Any) -> None:
+    model = tiny(FFT2Real(64, channels=1, scales=[4, 64]), sigma=sigma)
+    model.calibrate(make(torch.randn(48, 1, 64, 64, generator=seeded())).split(20))
+
+
+NO_ROOM: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
+    "raw magnetic resonance": (lambda x: 1e-5 * (x + 3), 0.1),
+    "tiny": (lambda x: 1e-3 * x, 0.1),
+    "a huge sigma": (lambda x: x, 100.0),
+    "learned": (lambda x: 1e-6 * x, "learned"),
+}
+
+
+@pytest.mark.parametrize(("make", "sigma"), NO_ROOM.values(), ids=NO_ROOM)
+@pytest.mark.parametrize("kind", [FFT2Real, FFT2Complex])
+def test_a_sigma_far_above_the_data_is_named(kind: Any, make: Callable[[Tensor], Tensor], sigma: Any) -> None:
+    parts = make(torch.randn(48, 2, 64, 64, generator=seeded()))
+    is_complex = kind is FFT2Complex
+    x = torch.complex(parts[:, :1], parts[:, 1:]) if is_complex else parts[:, :1]
+    model = tiny(kind(64, channels=1, scales=[4, 64]), sigma=sigma)
+    # As real numbers: the parts of complex ones deviate apart.
+    offsets = torch.view_as_real(x - x.mean(0)) if is_complex else x - x.mean(0)
+    numbers = 1e-4 if sigma == "learned" else sigma, float(offsets.double().square().mean().sqrt())
+    named = "sigma is {:.2g}, but the data deviate from their mean by only {:.2g}: ".format(*numbers)
+    with pytest.warns(UserWarning, match=re.escape(named) + ".*rescale the data .* or pass a smaller sigma") as warned:
+        model.calibrate(x.split(20))
+    assert [w.filename for w in warned] == [__file__]
+
+
 def layer_passes(model: HVAE, run: Callable[[], object]) -> list[LayerPass]:
     """What each stochastic layer did during a run."""
     seen: list[LayerPass] = []
@@ -414,6 +456,7 @@ def test_a_band_that_never_varies_keeps_a_unit_of_one() -> None:
     assert units(model) == [1, 1, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:sigma is")
 @pytest.mark.parametrize("factor", [1e-8, 1e8])
 def test_units_scale_with_the_data(factor: float) -> None:
     """Raw magnetic resonance data is of order 1e-6: it varies all the same."""
