@@ -87,6 +87,22 @@ def test_traced_data_terms_give_the_same_and_serve_later_batches(
     assert len(execution._compiled) == count > 0
 
 
+def test_compiled_pieces_share_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def compiled(graph: Any, _: list[Tensor], options: dict[str, Any]) -> Any:
+        asked.append(options["cpp.threads"])
+        return graph
+
+    monkeypatch.setattr("torch._inductor.compile", compiled)
+    model = few()
+    x = signal(model.decomp, 3)
+    expected = MAPRefiner(6, schedule="parallel", execution=Eager(threads=1))(model, x)
+    assert_same(MAPRefiner(6, schedule="parallel", execution=Compiled(threads=2))(model, x), expected, 1e-9)
+    # Pieces that run at the same time have one core each.
+    assert asked == [1, 1]
+
+
 class Masked(nn.Module):
     """A physics with a mask of its own, which may be exchanged or written."""
 
