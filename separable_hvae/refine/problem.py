@@ -7,6 +7,7 @@ direction d the curvature of its Gauss–Newton model,
     κ(d) = ‖∂w/∂z · d‖² + d/dt² data(h + t ∂h/∂z · d),        w = (z − μ_p) / σ_p
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -84,12 +85,11 @@ class Problem:
         The directional derivatives are finite differences, which any decomposition and head allow and
         which cost one pass without gradients.
         """
-        at = [z for call in self._looked for z in call.moving]
-        reach = dot(at, at).clamp_min(1).sqrt() / dot(direction, direction).clamp_min(1e-30).sqrt()
-        step = _difference(at[0]) * reach
-        nearby = self._execution.values(
-            self._calls([z + rows(step, z) * d for z, d in zip(at, direction, strict=True)])
-        )
+        latents = [z for call in self._looked for z in call.moving]
+        at, along = joined(latents), joined(direction)
+        reach = dot(at, at).clamp_min(1).sqrt() / dot(along, along).clamp_min(1e-30).sqrt()
+        step = _difference(at) * reach
+        nearby = self._execution.values(self._calls(parted(at + step[:, None] * along, latents)))
         total = torch.zeros_like(step)
         for call, here, there in zip(self._looked, self.outcomes, nearby, strict=True):
             slopes = [(b - a) / rows(step, a) for a, b in zip(here.bands, there.bands, strict=True)]
@@ -117,9 +117,20 @@ def _difference(like: Tensor) -> float:
     return 1e-5 if like.dtype == torch.float64 else 1e-2
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Inner product of two lists of tensors, sample by sample: ``(B,)``."""
-    return torch.stack([(u * v).flatten(1).sum(1) for u, v in zip(a, b, strict=True)]).sum(0)
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """A list of latents as one matrix ``(B, n)``: a few operations on it cost less than many on its parts."""
+    return torch.cat([t.flatten(1) for t in tensors], dim=1)
+
+
+def parted(matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A matrix as latents of the shapes of others, the opposite of :func:`joined`."""
+    parts = matrix.split([math.prod(t.shape[1:]) for t in like], dim=1)
+    return [part.reshape(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of the rows of two matrices: ``(B,)``."""
+    return (a * b).sum(1)
 
 
 def rows(numbers: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from separable_hvae.checks import check_instance, check_number
-from separable_hvae.refine.problem import Problem, dot, rows
+from separable_hvae.refine.problem import Problem, dot, joined, parted, rows
 
 
 class Rule(ABC):
@@ -100,11 +100,10 @@ class Adam(Rule):
         squares = torch._foreach_add(
             torch._foreach_mul(squares, b2), torch._foreach_mul(gradients, gradients), alpha=1 - b2
         )
-        moved = [
-            z - size / (1 - b1**count) * m / ((v / (1 - b2**count)).sqrt() + self.eps)
-            for z, m, v, size in zip(latents, means, squares, sizes, strict=True)
-        ]
-        return moved, (count, means, squares)
+        spread = torch._foreach_sqrt(torch._foreach_div(squares, 1 - b2**count))
+        moves = torch._foreach_div(means, torch._foreach_add(spread, self.eps))
+        moved = torch._foreach_add(latents, torch._foreach_mul(moves, [-size / (1 - b1**count) for size in sizes]))
+        return list(moved), (count, means, squares)
 
 
 class GaussNewton(Rule):
@@ -132,51 +131,44 @@ class GaussNewton(Rule):
     ) -> tuple[list[Tensor], Any]:
         if not problem.joint:
             return self.local.step(problem, latents, [self.local.default_step] * len(latents), state)
-        gradients = problem.gradient(latents)
-        assert problem.terms is not None
-        here = _Point.at(problem, latents, gradients, state)
+        here = _Point.at(problem, latents, state)
         if state is not None:
             rose = ~(here.objective <= state.objective)
-            here = _Point(*(_choose(rose, old, new) for old, new in zip(state, here, strict=True)))
+            here = _Point(*(torch.where(rows(rose, new), old, new) for old, new in zip(state, here, strict=True)))
             # A sample that went back tries the same direction again, a quarter as far.
             here = here._replace(trust=torch.where(rose, state.trust / 4, (2 * state.trust).clamp_max(1)))
-        moves = zip(here.latents, here.direction, sizes, strict=True)
-        return [z + rows(size * here.trust * here.length, z) * d for z, d, size in moves], here
+        moves = parted((here.trust * here.length)[:, None] * here.direction, latents)
+        starts = parted(here.latents, latents)
+        return [z + size * move for z, move, size in zip(starts, moves, sizes, strict=True)], here
 
 
 class _Point(NamedTuple):
-    """Where each sample stands and which way it looks."""
+    """Where each sample stands and which way it looks; its latents are one row of a matrix ``(B, n)``."""
 
-    latents: list[Tensor]
+    latents: Tensor
     objective: Tensor
-    gradients: list[Tensor]
-    preconditioned: list[Tensor]
-    direction: list[Tensor]
+    gradient: Tensor
+    preconditioned: Tensor
+    direction: Tensor
     length: Tensor
     trust: Tensor
 
     @classmethod
-    def at(cls, problem: Problem, latents: list[Tensor], gradients: list[Tensor], before: "_Point | None") -> "_Point":
+    def at(cls, problem: Problem, latents: list[Tensor], before: "_Point | None") -> "_Point":
+        gradient = joined(problem.gradient(latents))
         assert problem.terms is not None
-        preconditioned = [sigma.square() * g for sigma, g in zip(problem.spread, gradients, strict=True)]
-        direction = [-p for p in preconditioned]
+        preconditioned = joined(problem.spread).square() * gradient
+        direction = -preconditioned
         if before is not None:
             # Polak–Ribière, and steepest descent where that would not descend.
-            change = dot(gradients, preconditioned) - dot(before.gradients, preconditioned)
-            beta = (change / dot(before.gradients, before.preconditioned).clamp_min(1e-30)).clamp_min(0)
-            conjugate = [d + rows(beta, d) * old for d, old in zip(direction, before.direction, strict=True)]
-            direction = _choose(dot(gradients, conjugate) < 0, conjugate, direction)
-        slope = dot(gradients, direction)
-        length = -slope / problem.curvature(direction).clamp_min(1e-30)
-        trust = torch.ones_like(length)
-        return cls(latents, problem.terms.objective, gradients, preconditioned, direction, length, trust)
-
-
-def _choose(mask: Tensor, yes: Any, no: Any) -> Any:
-    """Samples of ``yes`` where the mask holds, of ``no`` elsewhere."""
-    if isinstance(yes, Tensor):
-        return torch.where(rows(mask, yes), yes, no)
-    return [_choose(mask, a, b) for a, b in zip(yes, no, strict=True)]
+            change = dot(gradient - before.gradient, preconditioned)
+            beta = (change / dot(before.gradient, before.preconditioned).clamp_min(1e-30)).clamp_min(0)
+            conjugate = direction + beta[:, None] * before.direction
+            direction = torch.where((dot(gradient, conjugate) < 0)[:, None], conjugate, direction)
+        slope = dot(gradient, direction)
+        length = -slope / problem.curvature(parted(direction, latents)).clamp_min(1e-30)
+        terms = problem.terms.objective
+        return cls(joined(latents), terms, gradient, preconditioned, direction, length, torch.ones_like(length))
 
 
 RULES: dict[str, type[Rule]] = {"gd": GradientDescent, "adam": Adam, "gauss-newton": GaussNewton}
