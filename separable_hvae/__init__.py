@@ -2,11 +2,12 @@
 
 from separable_hvae._version import __version__
 from separable_hvae.data_terms import DataTerm, Signal
-from separable_hvae.decomposition import Decomposition, Identity
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.evaluation import evaluate
 from separable_hvae.fourier import FFT1Complex, FFT1Real, FFT2Complex, FFT2Real, FFT3Complex, FFT3Real
 from separable_hvae.heads import CoefficientHead, GridHead, ScaleHead
 from separable_hvae.hvae import HVAE, Result
+from separable_hvae.identity import Identity
 from separable_hvae.known import KnownBands, masks_of
 from separable_hvae.measurement import Measurement
 from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise, PoissonNoise

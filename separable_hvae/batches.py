@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from separable_hvae.checks import came
-from separable_hvae.decomposition import Decomposition, check_finite, pack
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE
+from separable_hvae.signals import check_finite, pack
 
 _LOOKED_AT = 64
 

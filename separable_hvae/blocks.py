@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.decomposition import resample
+from separable_hvae.signals import resample
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 SWISH_GAIN = 1.68

@@ -14,11 +14,14 @@ which they have to pay for with their KL. Where it is a few nats for a whole sig
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from separable_hvae.decomposition import Decomposition
+from separable_hvae.signals import check_finite, full_precision, pack
 
 _FAR_ABOVE = 10.0
 _WORTH_LEARNING = 10.0  # Nats.
@@ -56,6 +59,38 @@ class BandMoments:
         """Root mean square of ``h − m``; exactly 0 where only rounding is left of it."""
         centre = float(self.mean.square().mean())
         return math.sqrt(max(self.square - centre, 0.0)) if self.square - centre > 1e-14 * centre else 0.0
+
+
+def moments_of(data: Tensor | Iterable[Tensor], decomp: Decomposition, device: torch.device) -> list[BandMoments]:
+    """Moments of each band, coarse to fine, and last of the signals as real numbers.
+
+    Args:
+        data: Signals ``(N, C, *size)``, or batches of them.
+        decomp: The decomposition.
+        device: Where to compute.
+
+    Raises:
+        TypeError: If ``data`` are of another kind.
+        ValueError: If they do not fit the decomposition, are none or not finite.
+    """
+    if isinstance(data, Tensor):
+        data = data.split(256) if data.ndim else [data]
+    try:
+        batches = iter(data)
+    except TypeError:
+        kind = type(data).__name__
+        raise TypeError(f"data must be a tensor (N, C, *size) or an iterable of such batches, got {kind}") from None
+    moments: list[BandMoments] = []
+    for batch in batches:
+        x = decomp.check_signal(batch, "data").to(device)
+        check_finite("data", x)
+        if len(x):
+            with full_precision(x.device):
+                here = [BandMoments.of(part) for part in (*decomp.analysis(x), pack(x))]
+            moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
+    if not moments:
+        raise ValueError("data must hold at least one signal")
+    return moments
 
 
 def units(moments: Sequence[BandMoments]) -> list[float]:

@@ -6,11 +6,11 @@ Numbers of numpy count as numbers, and come back as Python's own: a configuratio
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Allowed = Literal["positive", "positive and finite", "at least 0 and finite", "in [0, 1)"]
 
@@ -119,3 +119,21 @@ def check_generator(generator: object) -> None:
     """Raise a ``TypeError`` unless it is a ``torch.Generator`` or ``None``; a seed is none."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+
+
+def plain(name: str, value: Any) -> Any:
+    """Return ``value`` as JSON gives it back: sequences become lists, numbers of numpy those of Python.
+
+    Raises:
+        TypeError: If JSON cannot hold it, or only as something else.
+    """
+    if isinstance(value, (list, tuple)):
+        return [plain(name, v) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: plain(name, v) for k, v in value.items()}
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if is_number(value) and math.isfinite(value):
+        return int(value) if is_integer(value) else float(value)
+    shown = type(value).__name__ if isinstance(value, (Tensor, nn.Module)) else repr(value)
+    raise TypeError(f"{name} holds {shown}, which JSON cannot hold")

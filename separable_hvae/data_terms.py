@@ -21,8 +21,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from separable_hvae.checks import check_instance
-from separable_hvae.decomposition import Decomposition, full_precision, pack
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
+from separable_hvae.signals import full_precision, pack
 
 LossName = Literal["l1", "l2"]
 Loss = LossName | Callable[[Tensor, Tensor], Tensor]

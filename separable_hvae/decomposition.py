@@ -15,36 +15,29 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.checks import came, came_as, check_flag, check_instance, check_number, is_integer, is_number, listed
+from separable_hvae.checks import came, came_as, check_flag, check_instance, check_number, is_integer, listed, plain
 from separable_hvae.laws import LawReport, measure_laws
+from separable_hvae.signals import COMPLEX, REAL, full_precision, pack, resample, unpack, widen
+
+__all__ = [
+    "Decomposition",
+    "pack",
+    "resample",
+    "sides",
+    "transform",
+    "unpack",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 D = TypeVar("D", bound="Decomposition")
-
-_REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_COMPLEX = (torch.complex128, torch.complex64)
-_RESAMPLING = {1: "linear", 2: "bilinear", 3: "trilinear"}
-_POOLING: dict[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Context in which autocast is off, so that transforms run in float32 or float64."""
-    return cast(AbstractContextManager[None], torch.autocast(device.type, enabled=False))
 
 
 def transform(method: Callable[Concatenate[D, P], R]) -> Callable[Concatenate[D, P], R]:
@@ -60,43 +53,6 @@ def transform(method: Callable[Concatenate[D, P], R]) -> Callable[Concatenate[D,
             return method(self, *args, **kwargs)
 
     return cast(Callable[Concatenate[D, P], R], wrapped)
-
-
-def resample(y: Tensor, points: Sequence[int]) -> Tensor:
-    """Resample the trailing axes of ``y`` to ``points``: averages downwards, interpolates upwards.
-
-    Args:
-        y: Real tensor ``(B, C, *grid)`` with one to three grid axes.
-        points: Points wanted on each axis.
-
-    Returns:
-        Tensor ``(B, C, *points)``.
-    """
-    dims = len(points)
-    fewer = tuple(min(a, b) for a, b in zip(y.shape[2:], points, strict=True))
-    if fewer != tuple(y.shape[2:]):
-        y = _POOLING[dims](y, fewer)
-    if fewer != tuple(points):
-        y = F.interpolate(y, size=tuple(points), mode=_RESAMPLING[dims], align_corners=False)
-    return y
-
-
-def pack(x: Tensor) -> Tensor:
-    """View a signal as real numbers: ``(B, C, ...)`` complex becomes ``(B, 2C, ...)`` real."""
-    return rearrange(torch.view_as_real(x.resolve_conj()), "b c ... two -> b (c two) ...") if x.is_complex() else x
-
-
-def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
-    """Invert :func:`pack`."""
-    if not is_complex:
-        return y
-    return torch.view_as_complex(rearrange(y, "b (c two) ... -> b c ... two", two=2).contiguous())
-
-
-def check_finite(name: str, x: Tensor) -> None:
-    """Raise a ``ValueError`` if a tensor holds NaN or infinity."""
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 class Decomposition(nn.Module, ABC):
@@ -281,7 +237,7 @@ class Decomposition(nn.Module, ABC):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {came(x)}")
-        if x.dtype not in (_COMPLEX if self.is_complex else _REAL):
+        if x.dtype not in (COMPLEX if self.is_complex else REAL):
             kind = "complex" if self.is_complex else "real floating-point"
             raise TypeError(f"{name} must be {kind} for {type(self).__name__}, got {x.dtype}")
         if x.ndim != self.dims + 2 or x.shape[1:] != (self.channels, *self.size):
@@ -294,7 +250,7 @@ class Decomposition(nn.Module, ABC):
             )
         if not len(x):
             raise ValueError(f"{name} must hold at least one signal, got shape {tuple(x.shape)}")
-        return _widen(x)
+        return widen(x)
 
     def check_band(self, scale: int, h: Tensor) -> Tensor:
         """Return ``h`` in float32 or float64 if it is a batch of bands ``(B, *band_shape(scale))``.
@@ -398,52 +354,6 @@ class Decomposition(nn.Module, ABC):
         return f"size={self.size}, channels={self.channels}, scales={list(self.scales)}{kind}"
 
 
-class Identity(Decomposition):
-    """One band, the signal itself, at the last scale: the vanilla HVAE with one decoder.
-
-    Its only subset is the whole hierarchy, so that refining it latent by latent is eq. 4.
-
-    Args:
-        size: Points on each axis; an int is a square, a tuple any number of axes.
-        channels: Channels of the signal.
-        scales: Resolutions of the hierarchy, see :class:`Decomposition`.
-        is_complex: Whether signals are complex.
-    """
-
-    orthonormal = True
-
-    def __init__(
-        self,
-        size: int | Sequence[int],
-        channels: int = 3,
-        scales: Sequence[int] | None = None,
-        is_complex: bool = False,
-    ) -> None:
-        super().__init__(sides(size, None), channels, scales, is_complex=is_complex)
-
-    @override
-    @transform
-    def analysis(self, x: Tensor) -> list[Tensor]:
-        return [pack(self.check_signal(x))]
-
-    @override
-    @transform
-    def synthesis(self, bands: Sequence[Tensor | None]) -> Tensor:
-        return unpack(self.check_bands(bands)[0], is_complex=self.is_complex)
-
-    @override
-    def band_shape(self, scale: int) -> tuple[int, ...] | None:
-        return (self.real_channels, *self.size) if scale == self.scales[-1] else None
-
-    @override
-    def to_grid(self, scale: int, h: Tensor) -> Tensor:
-        return self.check_band(scale, h)
-
-    @override
-    def from_grid(self, scale: int, y: Tensor) -> Tensor:
-        return self.check_picture(scale, y)
-
-
 def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
     """Read a ``size`` argument: an int is the same on every one of ``dims`` axes (2 where ``None``).
 
@@ -461,24 +371,6 @@ def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
     return tuple(size)
 
 
-def plain(name: str, value: Any) -> Any:
-    """Return ``value`` as JSON gives it back: sequences become lists, numbers of numpy those of Python.
-
-    Raises:
-        TypeError: If JSON cannot hold it, or only as something else.
-    """
-    if isinstance(value, (list, tuple)):
-        return [plain(name, v) for v in value]
-    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-        return {k: plain(name, v) for k, v in value.items()}
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if is_number(value) and math.isfinite(value):
-        return int(value) if is_integer(value) else float(value)
-    shown = type(value).__name__ if isinstance(value, (Tensor, nn.Module)) else repr(value)
-    raise TypeError(f"{name} holds {shown}, which JSON cannot hold")
-
-
 def _positive(name: str, value: object) -> int:
     if not is_integer(value):
         raise TypeError(f"{name} must be integers, got {value!r}")
@@ -487,13 +379,9 @@ def _positive(name: str, value: object) -> int:
     return int(value)
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def _checked(name: str, h: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(h, Tensor) or h.dtype not in _REAL:
+    if not isinstance(h, Tensor) or h.dtype not in REAL:
         raise TypeError(f"{name} must be a real tensor, got {came_as(h)}")
     if not h.ndim or tuple(h.shape[1:]) != tuple(shape):
         raise ValueError(f"{name} must have shape (B, {', '.join(map(str, shape))}), got {tuple(h.shape)}")
-    return _widen(h)
+    return widen(h)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from separable_hvae.checks import check_instance, check_integer, check_seed
-from separable_hvae.decomposition import check_finite, pack
 from separable_hvae.hvae import HVAE
+from separable_hvae.signals import check_finite, pack
 
 _ACTIVE_NATS = 0.01
 

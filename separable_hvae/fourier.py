@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.decomposition import Decomposition, pack, sides, transform, unpack
+from separable_hvae.decomposition import Decomposition, sides, transform
+from separable_hvae.signals import pack, unpack
 
 Bins = NDArray[np.int64]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.blocks import ResidualBlock, conv
-from separable_hvae.decomposition import Decomposition, full_precision, resample
+from separable_hvae.decomposition import Decomposition
+from separable_hvae.signals import full_precision, resample
 
 EMIT_GAIN = 0.5
 """Initial bands are small against their unit, so that training does not start by unlearning them."""

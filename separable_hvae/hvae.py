@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.blocks import Encoder
-from separable_hvae.calibration import BandMoments, units, warn_of_large_sigma
+from separable_hvae.calibration import BandMoments, moments_of, units, warn_of_large_sigma
 from separable_hvae.checks import (
-    came_as,
     check_flag,
     check_generator,
     check_integer,
@@ -33,55 +32,19 @@ from separable_hvae.checks import (
     is_number,
     listed,
 )
-from separable_hvae.decomposition import Decomposition, check_finite, full_precision, pack
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.heads import HEADS, ScaleHead
+from separable_hvae.latents import complete, require_all
+from separable_hvae.result import Result
 from separable_hvae.saving import Pretrained
+from separable_hvae.signals import check_finite, full_precision, pack
 from separable_hvae.subset import Evidence, Subset, SubsetPass
+
+__all__ = ["HVAE", "Observation", "Result"]
 
 _SIGMA_RANGE = (1e-4, 1e2)
 _LOG_SIGMA_RANGE = (math.log(_SIGMA_RANGE[0]), math.log(_SIGMA_RANGE[1]))
 _WARM_UP_BATCHES = 16
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one top-down pass gives.
-
-    Attributes:
-        reconstruction: Signals ``(B, C, *size)``, in the input's dtype.
-        bands: Bands ``(B, *band_shape)``, coarse to fine.
-        latents: L tensors ``(B, latent_channels, *grid)``, coarse to fine.
-        nll: ``−log p(z)`` of the latents, in nats: ``(B,)``.
-        kl: ``KL(q_l ‖ p_l)`` of each layer, in nats: ``(B, L)``; ``None`` without an encoder pass.
-        data: ``−log p(x | z)``, in nats: ``(B,)``; ``None`` without data.
-        objective: Full MAP objective of refined latents, in nats: ``(B,)``; ``None`` on other results.
-        history: What a refiner recorded at each step; ``None`` on other results.
-        refused: Where a refiner returned its start because it found nothing better: ``(B,)`` bool;
-            ``None`` on other results.
-    """
-
-    reconstruction: Tensor
-    bands: list[Tensor]
-    latents: list[Tensor]
-    nll: Tensor
-    kl: Tensor | None = None
-    data: Tensor | None = None
-    objective: Tensor | None = None
-    history: Any = None
-    refused: Tensor | None = None
-
-    @property
-    def elbo(self) -> Tensor:
-        """Evidence lower bound in nats: ``(B,)``.
-
-        Raises:
-            ValueError: If the pass had no data or took latents as given.
-        """
-        if self.kl is None or self.data is None:
-            raise ValueError(
-                "elbo needs a pass that drew its latents from the posterior: use model(x) or model.encode(x)"
-            )
-        return -(self.data + self.kl.sum(1))
 
 
 @dataclass(frozen=True)
@@ -438,24 +401,7 @@ class HVAE(Pretrained, nn.Module):
 
         Warns if ``sigma`` is so far above the data's own deviation that there is nothing to learn.
         """
-        if isinstance(data, Tensor):
-            data = data.split(256) if data.ndim else [data]
-        try:
-            batches = iter(data)
-        except TypeError:
-            kind = type(data).__name__
-            raise TypeError(f"data must be a tensor (N, C, *size) or an iterable of such batches, got {kind}") from None
-        moments: list[BandMoments] = []  # Of the bands, and of the signals themselves.
-        for batch in batches:
-            x = self.decomp.check_signal(batch, "data").to(self.start.device)
-            check_finite("data", x)
-            if len(x):
-                with full_precision(x.device):
-                    here = [BandMoments.of(part) for part in (*self.decomp.analysis(x), pack(x))]
-                moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
-        if not moments:
-            raise ValueError("data must hold at least one signal")
-        *bands, signals = moments
+        *bands, signals = moments_of(data, self.decomp, self.start.device)
         self._standardise(bands)
         self.calibrated.fill_(_WARM_UP_BATCHES)
         is_learned = isinstance(self.log_sigma, nn.Parameter)
@@ -485,22 +431,7 @@ class HVAE(Pretrained, nn.Module):
 
     def check_latents(self, latents: Sequence[Tensor | None], name: str = "latents") -> list[Tensor | None]:
         """Return one entry for each layer, see :meth:`decode` for what is allowed."""
-        shapes = self.latent_shapes
-        if isinstance(latents, Tensor) or not isinstance(latents, Sequence):
-            raise TypeError(f"{name} must be a list with one entry for each layer, got {type(latents).__name__}")
-        if len(latents) > len(shapes):
-            raise ValueError(f"{name} must have at most {len(shapes)} entries, one for each layer, got {len(latents)}")
-        batch = next((len(z) for z in latents if isinstance(z, Tensor) and z.ndim), 0)
-        for i, (z, shape) in enumerate(zip(latents, shapes, strict=False)):
-            if z is None:
-                continue
-            if not isinstance(z, Tensor) or not z.is_floating_point():
-                raise TypeError(f"{name}[{i}] must be a real tensor or None, got {came_as(z)}")
-            if tuple(z.shape) != (batch, *shape):
-                raise ValueError(f"{name}[{i}] must have shape {(batch, *shape)}, got {tuple(z.shape)}")
-            if not batch:
-                raise ValueError(f"{name}[{i}] must hold at least one sample, got shape {tuple(z.shape)}")
-        return [*latents, *[None] * (len(shapes) - len(latents))]
+        return complete(name, latents, self.latent_shapes)
 
     def require_latents(self, latents: Sequence[Tensor], batch: int, name: str = "latents") -> list[Tensor]:
         """Return the latents of every layer for a batch, in the model's precision and on its device.
@@ -509,14 +440,8 @@ class HVAE(Pretrained, nn.Module):
             TypeError: If an entry is no tensor.
             ValueError: If one is missing or has the wrong shape.
         """
-        full = self.check_latents(latents, name)
-        given = [z for z in full if z is not None]
-        if len(given) < len(full) or len(given[0]) != batch:
-            got = f"{len(given)} for {len(given[0])} signals" if given else "none"
-            raise ValueError(
-                f"{name} must hold {len(full)} tensors, one for each layer, for {batch} signals, got {got}"
-            )
-        return [z.detach().to(self.start.device, self.precision) for z in given]
+        full = require_all(name, latents, self.latent_shapes, batch)
+        return [z.detach().to(self.start.device, self.precision) for z in full]
 
     def _signal_dtype(self, real: torch.dtype) -> torch.dtype:
         if not self.decomp.is_complex:

@@ -16,10 +16,11 @@ from typing_extensions import override
 
 from separable_hvae.checks import came_as, check_callable, check_generator, check_instance
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
-from separable_hvae.decomposition import Decomposition, check_finite, full_precision
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.noise import GaussianNoise
 from separable_hvae.prior import mean_bands, standard
+from separable_hvae.signals import check_finite, full_precision
 
 
 class KnownBands(DataTerm):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.blocks import Bottleneck, ResidualBlock, conv
-from separable_hvae.decomposition import resample
+from separable_hvae.signals import resample
 
 LOG_SIGMA_BOUND = 6.0
 

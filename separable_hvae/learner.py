@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from separable_hvae.batches import mix
 from separable_hvae.checkpoint import TrainingState
-from separable_hvae.decomposition import check_finite
 from separable_hvae.evaluation import band_residuals
 from separable_hvae.hvae import HVAE, Result
 from separable_hvae.options import Options
+from separable_hvae.signals import check_finite
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -24,12 +24,13 @@ from typing_extensions import override
 
 from separable_hvae.checks import came_as, check_callable, check_flag, check_generator, check_instance, is_number
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
-from separable_hvae.decomposition import Decomposition, check_finite, full_precision
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise
 from separable_hvae.operators import Kept, Map, Operator, condition, real
 from separable_hvae.physics import Physics, noise_of
 from separable_hvae.prior import covariance, draw, mean_bands, standard, white
+from separable_hvae.signals import check_finite, full_precision
 
 Fill = Literal["bands", "mean"]
 FILLS: dict[Fill, Callable[[HVAE, Tensor], Tensor]] = {"bands": covariance, "mean": white}

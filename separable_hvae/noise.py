@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from separable_hvae.checks import check_number
-from separable_hvae.decomposition import check_finite
+from separable_hvae.signals import check_finite
 
 _FEWEST_COUNTS = 0.1
 

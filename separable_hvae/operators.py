@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.decomposition import full_precision, pack
+from separable_hvae.signals import full_precision, pack
 
 Map = Callable[..., Tensor]
 

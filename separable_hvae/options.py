@@ -24,9 +24,10 @@ from separable_hvae.checks import (
     check_integer,
     check_number,
     check_seed,
+    plain,
 )
-from separable_hvae.decomposition import check_finite, plain
 from separable_hvae.hvae import HVAE
+from separable_hvae.signals import check_finite
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of the checkpoint in its folder."""

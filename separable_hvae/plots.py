@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from separable_hvae.checks import check_instance
-from separable_hvae.decomposition import Decomposition, check_finite
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.refine import History
+from separable_hvae.signals import check_finite
 
 if TYPE_CHECKING:
     import numpy as np

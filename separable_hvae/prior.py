@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from separable_hvae.decomposition import full_precision
 from separable_hvae.hvae import HVAE
+from separable_hvae.signals import full_precision
 
 
 def mean_bands(model: HVAE) -> list[Tensor]:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from separable_hvae import sealed
 from separable_hvae._version import __version__
-from separable_hvae.checks import check_flag
-from separable_hvae.decomposition import Decomposition, Identity, plain
+from separable_hvae.checks import check_flag, plain
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.fourier import FFT1Complex, FFT1Real, FFT2Complex, FFT2Real, FFT3Complex, FFT3Real
 from separable_hvae.heads import HEADS, ScaleHead
+from separable_hvae.identity import Identity
 from separable_hvae.wavelet import Wavelet1, Wavelet2, Wavelet3
 
 _KEYS = {"version": str, "model": str, "decomposition": dict, "scales": list, "options": dict, "dtype": str}

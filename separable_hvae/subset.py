@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.blocks import conv
-from separable_hvae.decomposition import Decomposition, full_precision, resample
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.heads import ScaleHead
 from separable_hvae.latent import Entry, Gaussian, StochasticLayer
+from separable_hvae.signals import full_precision, resample
 
 Evidence = Sequence[Tensor]
 """What the posteriors of a subset see: one tensor ``(B, width, *grid)`` for each layer."""

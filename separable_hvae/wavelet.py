@@ -21,7 +21,8 @@ from ptwt.constants import WaveletTensorTuple
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.decomposition import Decomposition, pack, sides, transform, unpack
+from separable_hvae.decomposition import Decomposition, sides, transform
+from separable_hvae.signals import pack, unpack
 
 _DENSE = 512  # Points up to which W_n is a dense matrix.
 _MAX_DEFECT = 1e-6

@@ -33,7 +33,7 @@ from separable_hvae import (
     __version__,
     sealed,
 )
-from separable_hvae.decomposition import plain
+from separable_hvae.checks import plain
 from tests.test_hvae import seeded, tiny, units
 from tests.zoo import DEVICES, OWN, ZOO, Make, Pyramid, RingDCT, signal
 

@@ -1,0 +1,47 @@
+"""What one top-down pass gives."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one top-down pass gives.
+
+    Attributes:
+        reconstruction: Signals ``(B, C, *size)``, in the input's dtype.
+        bands: Bands ``(B, *band_shape)``, coarse to fine.
+        latents: L tensors ``(B, latent_channels, *grid)``, coarse to fine.
+        nll: ``−log p(z)`` of the latents, in nats: ``(B,)``.
+        kl: ``KL(q_l ‖ p_l)`` of each layer, in nats: ``(B, L)``; ``None`` without an encoder pass.
+        data: ``−log p(x | z)``, in nats: ``(B,)``; ``None`` without data.
+        objective: Full MAP objective of refined latents, in nats: ``(B,)``; ``None`` on other results.
+        history: What a refiner recorded at each step; ``None`` on other results.
+        refused: Where a refiner returned its start because it found nothing better: ``(B,)`` bool;
+            ``None`` on other results.
+    """
+
+    reconstruction: Tensor
+    bands: list[Tensor]
+    latents: list[Tensor]
+    nll: Tensor
+    kl: Tensor | None = None
+    data: Tensor | None = None
+    objective: Tensor | None = None
+    history: Any = None
+    refused: Tensor | None = None
+
+    @property
+    def elbo(self) -> Tensor:
+        """Evidence lower bound in nats: ``(B,)``.
+
+        Raises:
+            ValueError: If the pass had no data or took latents as given.
+        """
+        if self.kl is None or self.data is None:
+            raise ValueError(
+                "elbo needs a pass that drew its latents from the posterior: use model(x) or model.encode(x)"
+            )
+        return -(self.data + self.kl.sum(1))

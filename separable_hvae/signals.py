@@ -1,0 +1,66 @@
+"""Signals as tensors: complex ones as real numbers, other grids, precision, and what is no number."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex128, torch.complex64)
+_RESAMPLING = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_POOLING: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which autocast is off, so that transforms run in float32 or float64."""
+    return cast(AbstractContextManager[None], torch.autocast(device.type, enabled=False))
+
+
+def resample(y: Tensor, points: Sequence[int]) -> Tensor:
+    """Resample the trailing axes of ``y`` to ``points``: averages downwards, interpolates upwards.
+
+    Args:
+        y: Real tensor ``(B, C, *grid)`` with one to three grid axes.
+        points: Points wanted on each axis.
+
+    Returns:
+        Tensor ``(B, C, *points)``.
+    """
+    dims = len(points)
+    fewer = tuple(min(a, b) for a, b in zip(y.shape[2:], points, strict=True))
+    if fewer != tuple(y.shape[2:]):
+        y = _POOLING[dims](y, fewer)
+    if fewer != tuple(points):
+        y = F.interpolate(y, size=tuple(points), mode=_RESAMPLING[dims], align_corners=False)
+    return y
+
+
+def pack(x: Tensor) -> Tensor:
+    """View a signal as real numbers: ``(B, C, ...)`` complex becomes ``(B, 2C, ...)`` real."""
+    return rearrange(torch.view_as_real(x.resolve_conj()), "b c ... two -> b (c two) ...") if x.is_complex() else x
+
+
+def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
+    """Invert :func:`pack`."""
+    if not is_complex:
+        return y
+    return torch.view_as_complex(rearrange(y, "b (c two) ... -> b c ... two", two=2).contiguous())
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise a ``ValueError`` if a tensor holds NaN or infinity."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half precision as float32, anything else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
