@@ -1,5 +1,6 @@
 """However the pieces run, the result is the same."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -157,10 +158,13 @@ class Recording:
 
 
 class Stream:
-    """Stands in for a CUDA stream."""
+    """Stands in for a CUDA stream: knows which work comes before what it does next."""
+
+    def __init__(self, priority: int = 0) -> None:
+        self.before: set[int] = set()
 
     def wait_stream(self, other: "Stream") -> None:
-        assert isinstance(other, Stream)
+        self.before |= other.before
 
 
 @pytest.fixture
@@ -188,22 +192,29 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
             self.graph.again = again  # type: ignore[attr-defined]
 
-    main = Stream()
+    main, count = Stream(), itertools.count()
+    main.entered = []  # type: ignore[attr-defined]
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        main.entered.append((work := next(count), set(stream.before)))  # type: ignore[attr-defined]
+        stream.before.add(work)
+        yield
+
     monkeypatch.setattr(graphs, "Recording", Again)
     monkeypatch.setattr(graphs, "_is_cuda", lambda _: True)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", record)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    for name in ("graph", "stream", "device"):
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    for name in ("graph", "device"):
         monkeypatch.setattr(torch.cuda, name, nothing)
     return made
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "steps"])
 @pytest.mark.parametrize(("schedule", "steps"), [("scale", 2), ("parallel", 1), ("joint", 1)])
-def test_recorded_inferences_give_the_same(
-    schedule: str, steps: int, whole: bool, recordings: list[Recording]
-) -> None:
+def test_recorded_inferences_give_the_same(schedule: str, steps: int, whole: bool, recordings: list[Recording]) -> None:
     model = few()
     x = signal(model.decomp, 3)
     refiner = MAPRefiner(6, schedule=schedule, execution=CudaGraphs(whole=whole))
@@ -224,6 +235,26 @@ def test_recorded_inferences_give_the_same(
     assert len(recordings) == 2 * graphs
 
 
+def test_pieces_of_a_step_wait_for_the_step_before_and_not_for_one_another(recordings: list[Recording]) -> None:
+    model, steps = few(), 3
+    MAPRefiner(steps, schedule="parallel", execution=CudaGraphs())(model, signal(model.decomp, 3))
+    # The last of the runs: two pieces a step, each on a stream of its own.
+    entered = torch.cuda.current_stream().entered[-2 * steps :]  # type: ignore[attr-defined]
+    works = [work for work, _ in entered]
+    for i, (_, before) in enumerate(entered):
+        assert before & set(works) == set(works[: i - i % 2])
+
+
+def test_compiled_pieces_are_recorded(recordings: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_: graph)
+    model = few()
+    x = signal(model.decomp, 3)
+    refiner = MAPRefiner(6, schedule="parallel", execution=CudaGraphs(compiled=True))
+    for y in (x, 2 * x):
+        assert_same(refiner(model, y), MAPRefiner(6, schedule="parallel")(model, y), 1e-9)
+    assert len(recordings) == 1
+
+
 def test_graphs_need_a_gpu() -> None:
     model = few()
     with pytest.raises(ValueError, match="CUDA graphs need a model on a CUDA device, got cpu"):
@@ -231,13 +262,16 @@ def test_graphs_need_a_gpu() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("schedule", ["scale", "parallel", "joint"])
-def test_cuda_graphs_give_the_same(schedule: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"whole": False}, {"compiled": True}], ids=["whole", "steps", "compiled"])
+@pytest.mark.parametrize(
+    ("schedule", "rule"), [("scale", "adam"), ("parallel", "adam"), ("joint", "adam"), ("joint", "gauss-newton")]
+)
+def test_cuda_graphs_give_the_same(schedule: str, rule: str, options: dict[str, bool]) -> None:
     model = few().cuda()
     x = signal(model.decomp, 3).cuda()
-    refiner = MAPRefiner(6, schedule=schedule, execution="cuda-graphs")
+    refiner = MAPRefiner(6, schedule=schedule, rule=rule, execution=CudaGraphs(**options))
     for y in (x, 2 * x):
-        assert_same(refiner(model, y), MAPRefiner(6, schedule=schedule)(model, y), 1e-9)
+        assert_same(refiner(model, y), MAPRefiner(6, schedule=schedule, rule=rule)(model, y), 1e-7)
 
 
 @pytest.mark.parametrize("execution", [Eager(threads=1), Eager(threads=2)], ids=["serial", "threads"])

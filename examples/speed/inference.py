@@ -2,7 +2,7 @@
 
     python examples/speed/inference.py                                          # a small model on a CPU
     python examples/speed/inference.py --width 128 --layers 5 --size 32 --device cuda \\
-        --executions eager cuda-graphs --batches 1 16 64 256                    # the size of the paper's CIFAR-10 model
+        --executions eager step-graphs graphs compiled-graphs --batches 1 16 64 256   # as large as the paper's model
     python examples/speed/inference.py --model runs/best/model                  # a trained one
 
 Without --model, untrained models of RGB signals with Fourier bands. Every execution is warmed up (compiled, recorded)
@@ -13,6 +13,8 @@ import argparse
 import json
 import statistics
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,15 @@ import torch
 from timing import seconds
 
 from separable_hvae import HVAE, FFT2Real, MAPRefiner
+from separable_hvae.refine import Compiled, CudaGraphs, Eager, Execution
+
+EXECUTIONS: dict[str, Callable[[], Execution]] = {
+    "eager": Eager,
+    "compiled": Compiled,
+    "step-graphs": partial(CudaGraphs, whole=False),
+    "graphs": CudaGraphs,
+    "compiled-graphs": partial(CudaGraphs, compiled=True),
+}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -46,7 +57,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--schedules", nargs="+", default=["scale", "parallel", "joint"])
-    parser.add_argument("--executions", nargs="+", default=["eager", "compiled"])
+    parser.add_argument("--executions", nargs="+", choices=EXECUTIONS, default=["eager", "compiled"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -76,7 +87,7 @@ def main() -> None:
         x = torch.randn(batch, decomp.channels, *decomp.size, dtype=dtype, device=args.device)
         for schedule in args.schedules:
             for execution in args.executions:
-                refiner = MAPRefiner(args.steps, schedule=schedule, execution=execution)
+                refiner = MAPRefiner(args.steps, schedule=schedule, execution=EXECUTIONS[execution]())
                 ready = seconds(refiner, model, x)
                 times = [seconds(refiner, model, x) for _ in range(args.repetitions)]
                 measured = {"median": statistics.median(times), "low": min(times), "high": max(times), "ready": ready}

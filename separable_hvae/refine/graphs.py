@@ -5,7 +5,7 @@ shapes, and runs pieces that do not wait for one another on streams of their own
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from typing_extensions import override
 
 from separable_hvae.checks import check_flag
 from separable_hvae.hvae import HVAE
-from separable_hvae.refine.execution import Execution, Gradient, precision, signature
+from separable_hvae.refine.compiled import Compiled
+from separable_hvae.refine.execution import Eager, Execution, Gradient, precision, signature
 from separable_hvae.refine.pieces import Call, Outcome
 
 Function = Callable[[Sequence[Tensor]], Any]
+Method = Literal["gradients", "values"]
 _WARM_UPS = 2
 
 
@@ -31,39 +33,43 @@ class CudaGraphs(Execution):
     Args:
         whole: Whether to record whole inferences; ``False`` records steps alone, which rules and schedules
             of your own need if they look at values.
+        compiled: Whether the pieces of steps are compiled before they are recorded, see :class:`Compiled`:
+            minutes on first use, then fewer and longer kernels.
 
     Raises:
         ValueError: On the first use, if the tensors are not on a CUDA device.
         RuntimeError: On the first use, if what is to be recorded looks at values.
     """
 
-    def __init__(self, whole: bool = True) -> None:
+    def __init__(self, whole: bool = True, compiled: bool = False) -> None:
         check_flag("whole", whole)
+        check_flag("compiled", compiled)
         self.whole = whole
+        self._pieces = Compiled() if compiled else Eager(threads=1)
         self._recorded: dict[Hashable, Recording] = {}
         self._inside = False
 
     @override
     def gradients(self, calls: Sequence[Call]) -> list[Gradient]:
-        return cast(list[Gradient], self._step("gradient", calls))
+        return cast(list[Gradient], self._step("gradients", calls))
 
     @override
     def values(self, calls: Sequence[Call]) -> list[Outcome]:
-        return cast(list[Outcome], self._step("value", calls))
+        return cast(list[Outcome], self._step("values", calls))
 
     @override
     def inference(self, key: Hashable, model: HVAE, infer: Function, tensors: Sequence[Tensor]) -> Any:
         return self._replay(("inference", key), model, infer, tensors) if self.whole else infer(tensors)
 
-    def _step(self, method: str, calls: Sequence[Call]) -> Any:
+    def _step(self, method: Method, calls: Sequence[Call]) -> Any:
         if self._inside:
-            return on_streams(method, calls)
+            return self._on_streams(method, calls)
         pieces = tuple((call.piece, len(call.moving)) for call in calls)
         tensors, structure = pytree.tree_flatten([(call.moving, call.held) for call in calls])
 
         def step(tensors: Sequence[Tensor]) -> Any:
             parts = zip(calls, pytree.tree_unflatten(list(tensors), structure), strict=True)
-            return on_streams(method, [call._replace(moving=m, held=h) for call, (m, h) in parts])
+            return self._on_streams(method, [call._replace(moving=m, held=h) for call, (m, h) in parts])
 
         return self._replay((method, pieces), calls[0].piece.objective.model, step, tensors)
 
@@ -78,6 +84,22 @@ class CudaGraphs(Execution):
             if key not in self._recorded:
                 self._recorded[key] = Recording(self._plain(function), tensors)
             return self._recorded[key](tensors)
+
+    def _on_streams(self, method: Method, calls: Sequence[Call]) -> list[Any]:
+        """Run pieces at the same time, each on a stream of its own between a fork and a join."""
+        main = torch.cuda.current_stream()
+        # Urgent streams are none of those that graphs are recorded on.
+        streams = [torch.cuda.Stream(priority=-1) for _ in calls] if len(calls) > 1 else [main]
+        # All of them fork before any joins: one that forked later would wait for those that had joined.
+        for stream in streams:
+            stream.wait_stream(main)
+        results: list[Any] = []
+        for call, stream in zip(calls, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results += getattr(self._pieces, method)([call])
+        for stream in streams:
+            main.wait_stream(stream)
+        return results
 
     def _plain(self, function: Function) -> Function:
         """The function with its steps as they are, instead of replayed from other graphs."""
@@ -125,22 +147,6 @@ class Recording:
         self.graph.replay()
         results = [t.clone() if isinstance(t, Tensor) else t for t in self.outputs]
         return pytree.tree_unflatten(results, self.structure)
-
-
-def on_streams(method: str, calls: Sequence[Call]) -> list[Any]:
-    """Run calls at the same time, each on a stream of its own between a fork and a join."""
-    main = torch.cuda.current_stream()
-    streams = [torch.cuda.Stream() for _ in calls] if len(calls) > 1 else [main]
-    # All of them fork before any joins: one that forked later would wait for those that had joined.
-    for stream in streams:
-        stream.wait_stream(main)
-    results = []
-    for call, stream in zip(calls, streams, strict=True):
-        with torch.cuda.stream(stream):
-            results.append(getattr(call, method)())
-    for stream in streams:
-        main.wait_stream(stream)
-    return results
 
 
 def _is_cuda(device: torch.device) -> bool:
