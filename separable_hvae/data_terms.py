@@ -23,6 +23,7 @@ from typing_extensions import override
 from separable_hvae.checks import check_instance
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
+from separable_hvae.kept import Kept, kept_by
 from separable_hvae.signals import full_precision, pack
 
 LossName = Literal["l1", "l2"]
@@ -148,7 +149,7 @@ class Signal(DataTerm):
 
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
-        distance = Distance(self.loss, float(model.sigma.detach()))
+        distance = Distance(self.loss, float(model.sigma.detach()), kept_by(self.loss))
         if seen.targets is not None:
             targets = [target.detach() for target in seen.targets]
             return BoundTerm(BandMisfit(model.decomp, distance), targets, lambda i, _, targets: [targets[i]])
@@ -166,10 +167,12 @@ class Distance:
     Args:
         loss: ``"l2"``, ``"l1"``, or a callable ``(h_hat, h) -> (B,)``.
         sigma: Standard deviation of the named ones.
+        kept: What a callable keeps: code that was compiled with other tensors is of no use.
     """
 
     loss: Loss
     sigma: float
+    kept: tuple[Kept, ...] = ()
 
     def __call__(self, h_hat: Tensor, h: Tensor) -> Tensor:
         """Measure, and check that a user's loss gives one number for each sample."""

@@ -26,8 +26,9 @@ from separable_hvae.checks import came_as, check_callable, check_flag, check_gen
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
+from separable_hvae.kept import Kept, kept_by
 from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise
-from separable_hvae.operators import Kept, Map, Operator, condition, real
+from separable_hvae.operators import Map, Operator, condition, real
 from separable_hvae.physics import Physics, noise_of
 from separable_hvae.prior import covariance, draw, mean_bands, standard, white
 from separable_hvae.signals import check_finite, full_precision
@@ -165,7 +166,7 @@ class Measurement(DataTerm):
                     found[unknown] = self._spread(model, unknown, seen.x, y, given)
                 return [model.decomp.synthesis(full), y, own + found[unknown] if unknown else own, *given]
 
-        misfit = MeasurementMisfit(model.decomp, self.operator, self.noise, self.operator.kept())
+        misfit = MeasurementMisfit(model.decomp, self.operator, self.noise, kept_by(self.operator.forward))
         return BoundTerm(misfit, [y, own, *given], aims, pure=False)
 
     def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -13,28 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
 from separable_hvae.signals import full_precision, pack
 
 Map = Callable[..., Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """A tensor as it was: equal only to the same one, unwritten since."""
-
-    tensor: Tensor
-    version: int
-
-    @override
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Kept) and self.tensor is other.tensor and self.version == other.version
-
-    @override
-    def __hash__(self) -> int:
-        return hash((id(self.tensor), self.version))
 
 
 @dataclass(frozen=True)
@@ -51,17 +34,6 @@ class Operator:
     forward: Map
     adjoint: Map | None = None
     stacked: bool = False
-
-    def kept(self) -> tuple["Kept", ...]:
-        """The tensors that a module or another object keeps which measures signals."""
-        owner = getattr(self.forward, "__self__", self.forward)
-        found: list[Tensor] = []
-        for part in (owner, *getattr(owner, "__dict__", {}).values()):
-            if isinstance(part, nn.Module):
-                found += [*part.parameters(), *part.buffers()]
-            elif isinstance(part, Tensor):
-                found.append(part)
-        return tuple(Kept(t, -1 if t.is_inference() else t._version) for t in found)
 
     def predict(self, x: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
         """``A(x)``, checked against measurements ``y``.

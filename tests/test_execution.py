@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -131,6 +132,27 @@ def test_a_physics_that_has_changed_is_traced_anew(monkeypatch: pytest.MonkeyPat
         change()
         term = Measurement(physics.A(x), physics, 0.1)
         assert_same(traced(model, term), plain(model, term), 1e-5)
+        assert len(execution._compiled) == count
+
+
+def test_a_loss_whose_tensors_have_changed_is_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_: graph)
+    model, execution = tiny(FFT1Real(4, scales=[1, 4]), sigma=0.3), Compiled()
+    x, weights = signal(model.decomp, 3, dtype=torch.float32), {"all": [torch.tensor(3.0)]}
+
+    def loss(power: int, h_hat: Tensor, h: Tensor) -> Tensor:
+        return weights["all"][0] * (h_hat - h).abs().pow(power).flatten(1).sum(1)
+
+    traced, plain = (MAPRefiner(3, 0.05, loss=partial(loss, 2), execution=e) for e in (execution, "eager"))
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: weights["all"][0].fill_(9.0),
+        lambda: weights["all"].insert(0, torch.tensor(1.0)),
+        lambda: None,
+    ]
+    for change, count in zip(changes, (2, 4, 6, 6), strict=True):
+        change()
+        assert_same(traced(model, x), plain(model, x), 1e-5)
         assert len(execution._compiled) == count
 
 

@@ -66,13 +66,18 @@ class MAPRefiner(Refiner):
             )
 
     @classmethod
-    def paper(cls, steps: int = 25, init: Init = "posterior") -> "MAPRefiner":
+    def paper(cls, steps: int = 25, init: Init = "posterior", **options: Unpack[Options]) -> "MAPRefiner":
         """The paper's literal setting.
 
         Algorithm 1 with each latent's own prior, L1 on orthonormal bands in the data's units, gradient
         descent with λ = 0.001, β = 1, started from a sample of the posterior (or of the prior).
+
+        Args:
+            steps: Steps N.
+            init: ``"posterior"`` or ``"prior"``.
+            **options: How the steps run, see :class:`Refiner`.
         """
-        return cls(steps, 1e-3, 1.0, absolute_error, Latent(own_prior=True), "gd", init, sample=True)
+        return cls(steps, 1e-3, 1.0, absolute_error, Latent(own_prior=True), "gd", init, sample=True, **options)
 
     @override
     def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
