@@ -342,8 +342,11 @@ class Fail:
         return x
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.999])
-@pytest.mark.parametrize("error", [RuntimeError("no such file"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize(
+    ("error", "ema"),
+    [(RuntimeError("no such file"), 0.999), (RuntimeError("no such file"), 0.0), (KeyboardInterrupt(), 0.999)],
+    ids=["error", "no average", "ctrl-c"],
+)
 def test_a_run_that_fails_leaves_what_was_learnt(tmp_path: Path, error: BaseException, ema: float) -> None:
     failed, stopped, whole = fresh(), fresh(), fresh()
     with pytest.raises(type(error)) as caught:
@@ -457,10 +460,18 @@ def test_a_checkpoint_of_other_trained_parameters_is_refused(
     with pytest.raises(ValueError, match=f"{path} belongs to .* other parameters: requires_grad must be {wanted}$"):
         train(model, checkpoint=tmp_path)
     assert same(weights(model), before)
-    model, whole = frozen("encoder."), frozen("encoder.")
+
+
+def test_a_run_with_frozen_parameters_resumes(tmp_path: Path) -> None:
+    model, whole = frozen("encoder.", "start"), frozen("encoder.", "start")
+    train(model, checkpoint=tmp_path, augment=Interrupt(3))
+    model = frozen("encoder.", "start")
     train(model, checkpoint=tmp_path)
     train(whole)
     assert same(weights(model), weights(whole))
+    assert all(
+        torch.equal(model.get_parameter(k), v) for k, v in fresh().named_parameters() if k.startswith("encoder.")
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 4, 0.5, 0.99])
