@@ -222,6 +222,16 @@ class HVAE(Pretrained, nn.Module):
         """Standard deviation of the likelihood, in the data's units: a scalar."""
         return self.log_sigma.clamp(*_LOG_SIGMA_RANGE).exp()
 
+    @property
+    def _magnitude(self) -> Tensor:
+        """Root mean square of the data that the model was calibrated with, for orthonormal bands: a scalar.
+
+        The encoder sees signals in this unit where it exceeds one: it learns badly from large numbers, and
+        well from small ones.
+        """
+        energy = [(s.centre.square() + s.unit.square()).sum() for s in self.subsets]
+        return (torch.stack(energy).sum() / self.decomp.numel).sqrt().to(self.precision)
+
     # The top-down pass.
 
     def observe(self, x: Tensor) -> Observation:
@@ -236,7 +246,7 @@ class HVAE(Pretrained, nn.Module):
             raise ValueError(f"x is on {x.device}, the model on {self.start.device}")
         check_finite("x", x)
         x = x.to(self._signal_dtype(self.precision))
-        activations = self.encoder(pack(x).to(self.start.dtype))
+        activations = self.encoder((pack(x) / self._magnitude.clamp_min(1)).to(self.start.dtype))
         targets = None
         if self.decomp.orthonormal:
             with full_precision(x.device):

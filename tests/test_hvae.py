@@ -722,3 +722,19 @@ def test_lazily_conjugated_signals() -> None:
     torch.testing.assert_close(
         model.encode(x.conj()).reconstruction, model.encode(x.conj().resolve_conj()).reconstruction
     )
+
+
+@pytest.mark.parametrize("make", [lambda: FFT2Complex(6), lambda: Wavelet2(8, "db2"), lambda: Identity((7,))])
+def test_large_data_look_to_the_encoder_as_ordinary_ones_do(make: Make) -> None:
+    model = tiny(make()).double()
+    x = signal(model.decomp, 20) + 3
+    seen = []
+    for factor in (0.3, 1e2, 1e4):
+        model.calibrate(factor * x)
+        torch.testing.assert_close(
+            model._magnitude, (factor * x).abs().square().sum().div(20 * model.decomp.numel).sqrt()
+        )
+        seen.append(model.observe(factor * x).activations)
+    for scale in model.scales:
+        torch.testing.assert_close(seen[1][scale], seen[2][scale])
+        assert not torch.allclose(seen[0][scale], seen[1][scale])
