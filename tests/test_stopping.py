@@ -136,7 +136,7 @@ def test_sweeps_share_the_steps() -> None:
     assert counts == [2, 2, 3, 3]
     first = MAPRefiner(2)(model, x)
     assert_equal(result.latents, MAPRefiner(3, init=first.latents)(model, x).latents, exactly=False)
-    with pytest.raises(ValueError, match="sweeps must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="sweeps must be at least 1, got 0"):
         Scale(0)
 
 
@@ -158,7 +158,7 @@ def test_sweeps_reach_the_optimum_of_linear_models() -> None:
         ({"budget": -0.1}, ValueError, "budget must be at least 0 and finite, got -0.1"),
         ({"budget": float("nan")}, ValueError, "budget must be at least 0 and finite, got nan"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
-        ({"batch_size": 2.0}, TypeError, "batch_size must be an integer or None, got 2.0"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an integer, got 2.0"),
         ({"precision": "float16"}, ValueError, "precision must be 'bfloat16', 'tf32' or None, got 'float16'"),
         ({"execution": "jit"}, ValueError, "execution must be one of"),
         ({"execution": 3}, TypeError, "execution must be a name or an Execution, got 3"),

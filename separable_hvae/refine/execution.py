@@ -47,9 +47,7 @@ class Threaded(Execution):
     """An execution that shares the pieces of a step among threads on a CPU."""
 
     def __init__(self, threads: int | None = None) -> None:
-        if threads is not None:
-            check_integer("threads", threads, 1)
-        self.threads = threads
+        self.threads = None if threads is None else check_integer("threads", threads, 1)
 
     def _workers(self, calls: Sequence[Call]) -> int:
         if calls[0].held[0].device.type != "cpu":

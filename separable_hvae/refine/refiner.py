@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from separable_hvae.checks import check_callable, check_flag, check_generator, check_number
+from separable_hvae.checks import check_callable, check_flag, check_generator, check_integer, check_number
 from separable_hvae.data_terms import DataTerm, Loss, Signal, check_loss
 from separable_hvae.hvae import HVAE, Result
 from separable_hvae.objective import ByScale, by_scale
@@ -89,10 +89,8 @@ class Refiner(ABC):
         for name, value in {"tolerance": tolerance, "budget": budget}.items():
             if value is not None:
                 check_number(name, value, "at least 0 and finite")
-        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int)):
-            raise TypeError(f"batch_size must be an integer or None, got {batch_size!r}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None:
+            batch_size = check_integer("batch_size", batch_size, 1)
         if precision not in (None, "bfloat16", "tf32"):
             raise ValueError(f"precision must be 'bfloat16', 'tf32' or None, got {precision!r}")
         self.steps, self.guidance, self.loss, self.init, self.sample = steps, guidance, loss, init, sample

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.checks import check_flag, check_number
+from separable_hvae.checks import check_flag, check_integer, check_number
 from separable_hvae.refine.named import named
 from separable_hvae.refine.pieces import OneSubset, Outcome
 from separable_hvae.refine.problem import Problem
@@ -49,9 +49,7 @@ class Scale(Schedule):
     """
 
     def __init__(self, sweeps: int = 1) -> None:
-        if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
-            raise ValueError(f"sweeps must be an integer of at least 1, got {sweeps!r}")
-        self.sweeps = sweeps
+        self.sweeps = check_integer("sweeps", sweeps, 1)
 
     @override
     def problems(self, run: Run) -> Iterator[Problem]:
@@ -150,9 +148,7 @@ class Parallel(Schedule):
     """
 
     def __init__(self, recentre: int = 5) -> None:
-        if isinstance(recentre, bool) or not isinstance(recentre, int) or recentre < 0:
-            raise ValueError(f"recentre must be an integer of at least 0, got {recentre!r}")
-        self.recentre = recentre
+        self.recentre = check_integer("recentre", recentre, 0)
 
     @override
     def problems(self, run: Run) -> Iterator[Problem]:
