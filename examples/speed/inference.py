@@ -13,24 +13,13 @@ import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import seconds
+from timing import EXECUTIONS, seconds
 
 from separable_hvae import HVAE, FFT2Real, MAPRefiner
-from separable_hvae.refine import Compiled, CudaGraphs, Eager, Execution
-
-EXECUTIONS: dict[str, Callable[[], Execution]] = {
-    "eager": Eager,
-    "compiled": Compiled,
-    "step-graphs": partial(CudaGraphs, whole=False),
-    "graphs": CudaGraphs,
-    "compiled-graphs": partial(CudaGraphs, compiled=True),
-}
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -1,11 +1,22 @@
-"""The clock of the speed scripts."""
+"""The clock of the speed scripts, and what they time."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from separable_hvae import HVAE, MAPRefiner
+from separable_hvae.refine import Compiled, CudaGraphs, Eager, Execution
+
+EXECUTIONS: dict[str, Callable[[], Execution]] = {
+    "eager": Eager,
+    "compiled": Compiled,
+    "step-graphs": partial(CudaGraphs, whole=False),
+    "graphs": CudaGraphs,
+    "compiled-graphs": partial(CudaGraphs, compiled=True),
+}
 
 
 def seconds(refiner: MAPRefiner, model: HVAE, x: Tensor) -> float:

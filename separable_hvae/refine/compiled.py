@@ -161,10 +161,13 @@ def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
             warnings.filterwarnings("ignore", message=".*complex")
             warnings.simplefilter("ignore", DeprecationWarning)
             from torch._inductor import compile as inductor
+            from torch._inductor import config
 
             # Called from C++, small operations cost half as much as from Python, and leave other threads alone.
-            called = {"cpp_wrapper": inputs[0].device.type == "cpu", "size_asserts": False}
-            options = {**called, "cpp.threads": threads}
+            options = {"cpp_wrapper": inputs[0].device.type == "cpu", "cpp.threads": threads, "size_asserts": False}
+            if hasattr(config, "cpp_wrapper_build_separate"):
+                # Otherwise one function of thousands of lines goes through every optimisation.
+                options["cpp_wrapper_build_separate"] = True
             compiled = inductor(graph, [inputs[i] for i in used], options)
 
     read = [weights[i] for i in used if i < len(weights)]
