@@ -417,6 +417,25 @@ def test_check_names_each_broken_law(make: Callable[[], Decomposition], laws: se
     assert all(float(e) > 1e-10 for e in named.values())
 
 
+class Optimist(RingDCT):
+    @override
+    def band_shape(self, scale: int) -> tuple[int, ...] | None:
+        return (self.channels, scale)
+
+
+def test_check_says_which_shapes_differ() -> None:
+    shapes = r"analysis gives \[\(1, 1\), \(1, 3\), \(1, 12\)\], band_shape says \[\(1, 1\), \(1, 2\), \(1, 4\)\]"
+    with pytest.raises(ValueError, match=rf"breaks 1 law.*band shapes \(error 2\); band shapes: {shapes}"):
+        Optimist((4, 4), 1, [1, 2, 4]).check()
+
+
+def test_a_report_reads_as_a_table() -> None:
+    lines = str(RingDCT((4, 4), 1, [1, 2, 4]).check()).splitlines()
+    assert [line[:30].strip() for line in lines[:2]] == ["band shapes", "reconstruction"]
+    assert lines[-2].startswith("condition of to_grid")
+    assert lines[-1][31:].startswith("1: 1.0, 2: ")
+
+
 def test_check_measures_by_how_much() -> None:
     with pytest.raises(ValueError, match=r"reconstruction \(error 0\.1\)"):
         Scaled(4).check()
