@@ -135,16 +135,16 @@ def _figure(pad: float | None = None, **options: Any) -> "Figure":
     return Figure(layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad), **options)
 
 
-Named = Sequence[tuple[str, Tensor]]
+_Named = Sequence[tuple[str, Tensor]]
 """Signals ``(B, C, *size)`` with the name that a picture gives them."""
 
 
-def _draw(values: Named, errors: Named, originals: Tensor) -> "Figure":
+def _draw(values: _Named, errors: _Named, originals: Tensor) -> "Figure":
     """Draw values and errors of signals, as their number of axes asks for."""
     return (_curves if originals.ndim == 3 else _gallery)(values, errors, originals)
 
 
-def _gallery(values: Named, errors: Named, originals: Tensor) -> "Figure":
+def _gallery(values: _Named, errors: _Named, originals: Tensor) -> "Figure":
     """Images and volumes: names across, signals down."""
     low, high = _range(originals)
     top = max((float(e.abs().max()) for _, e in errors), default=0.0)
@@ -179,7 +179,7 @@ class _Track:
     is_phase: bool = False
 
 
-def _curves(values: Named, errors: Named, originals: Tensor) -> "Figure":
+def _curves(values: _Named, errors: _Named, originals: Tensor) -> "Figure":
     """Signals of one axis: names down, signals across, channels below one another in a panel."""
     tracks = _tracks(values, errors, originals)
     batch, channels, points = originals.shape
@@ -209,7 +209,7 @@ def _curves(values: Named, errors: Named, originals: Tensor) -> "Figure":
     return figure
 
 
-def _tracks(values: Named, errors: Named, originals: Tensor) -> list[_Track]:
+def _tracks(values: _Named, errors: _Named, originals: Tensor) -> list[_Track]:
     """Rows of curves: values, phases below complex ones, then errors, signed where they are real."""
     is_complex = originals.is_complex()
     amplitudes = [x.abs() if is_complex else x for _, x in values]
