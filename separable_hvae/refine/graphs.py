@@ -134,6 +134,8 @@ class Recording:
         try:
             with torch.cuda.graph(self.graph):
                 results = function(self.inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 "what is to be recorded looks at tensors' values, or moves them between devices: "
