@@ -9,7 +9,7 @@ MAP and the optima of local problems are linear algebra.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -114,15 +114,15 @@ class LinearHead(ScaleHead):
 
 
 class FlatEncoder(nn.Module):
-    """Give every scale the flattened signal."""
+    """Give every scale the flattened signal, in the data's unit and not that of the encoder's input."""
 
-    def __init__(self, scales: int) -> None:
+    def __init__(self, scales: int, unit: Callable[[], Tensor]) -> None:
         super().__init__()
-        self.scales = scales
+        self.scales, self.unit = scales, unit
 
     @override
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [x.flatten(1)] * self.scales
+        return [self.unit() * x.flatten(1)] * self.scales
 
 
 def linear_gaussian(decomp: Decomposition, *, layers: int = 2, seed: int = 0) -> HVAE:
@@ -132,7 +132,7 @@ def linear_gaussian(decomp: Decomposition, *, layers: int = 2, seed: int = 0) ->
     model = HVAE(
         decomp, layers=layers, width=width, bottleneck=1, blocks=0, head=LinearHead, sigma=0.6, band_input=False
     )
-    model.encoder = cast(Any, FlatEncoder(len(decomp.scales)))
+    model.encoder = cast(Any, FlatEncoder(len(decomp.scales), lambda: model._magnitude.clamp_min(1)))
     nn.init.normal_(model.start)
     inputs = model.start.numel()
     for i, subset in enumerate(model.subsets):

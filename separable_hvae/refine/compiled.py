@@ -6,10 +6,11 @@ lives. Nothing is compiled unless it is asked for.
 
 import logging
 import math
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -54,49 +55,47 @@ class Compiled(Threaded):
         tensors = [*call.moving, *call.held]
         layouts = tuple(tuple(step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1) for t in tensors)
         key = (method, call.piece, len(call.moving), signature(tensors), layouts, precision(), threads)
-        if key not in self._compiled or not self._compiled[key].fits():
+        if key not in self._compiled or not self._compiled[key].weights.fit():
             self._compiled[key] = _compile(method, call, threads)
         return self._compiled[key], call
 
 
-@dataclass
-class _Weight:
-    """A tensor of the model that compiled code reads, where the model keeps it: it may be replaced there.
+Place = tuple[dict[str, Any], str]
+"""Where a model keeps a parameter or buffer: the dictionary that holds it, and its key there."""
+
+
+class _Weights:
+    """Parameters and buffers that compiled code reads, where the model keeps them: they may be replaced there.
+
+    Args:
+        places: Where they are.
 
     Attributes:
-        own: The dictionary that holds it.
-        key: Its key there.
-        tensor: What was there last.
-        address: Where its numbers were, which assigning ``data`` changes.
-        kind: What code was compiled for.
-        plain: The tensor as code takes it.
+        plain: The tensors as code takes them.
     """
 
-    own: dict[str, Any]
-    key: str
-    tensor: Tensor = field(init=False)
-    address: int = field(init=False)
-    kind: Hashable = field(init=False)
-    plain: Tensor = field(init=False)
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = list(places)
+        self._look()
+        self._kinds = [(t.dtype, t.device, t.stride()) for t in self._tensors]
 
-    def __post_init__(self) -> None:
-        self._read()
-        self.kind = _kind(self.tensor)
+    def _look(self) -> None:
+        self._tensors = [own[key] for own, key in self._places]
+        self._layout = _layout(self._tensors)
+        self.plain = [_plain(t.detach()) for t in self._tensors]
 
-    def _read(self) -> None:
-        self.tensor = self.own[self.key]
-        self.address, self.plain = self.tensor.data_ptr(), _plain(self.tensor.detach())
-
-    def fits(self) -> bool:
+    def fit(self) -> bool:
         """Look at what is there now; whether it is still of the kind that code was compiled for."""
-        now = self.own[self.key]
-        if now is not self.tensor or now.data_ptr() != self.address:
-            self._read()
-        return self.kind == _kind(now)
+        now = [own[key] for own, key in self._places]
+        if all(map(operator.is_, now, self._tensors)) and _layout(now) == self._layout:
+            return True
+        self._look()
+        return self._kinds == [(t.dtype, t.device, t.stride()) for t in self._tensors]
 
 
-def _kind(tensor: Tensor) -> Hashable:
-    return tensor.dtype, tensor.device, tensor.stride()
+def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Where numbers are, which assigning ``data`` changes without another tensor being there."""
+    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
 
 
 @dataclass(frozen=True)
@@ -111,19 +110,14 @@ class _CompiledCall:
     """
 
     code: Callable[..., Any]
-    weights: list[_Weight]
+    weights: _Weights
     rest: list[int]
     structure: Any
-
-    def fits(self) -> bool:
-        """Whether the weights still have the layout that the code was compiled for."""
-        return all(weight.fits() for weight in self.weights)
 
     def __call__(self, call: Call) -> Any:
         given = [*call.moving, *call.held]
         with torch.no_grad():
-            tensors = [w.plain for w in self.weights] + [_plain(given[i].detach()) for i in self.rest]
-            leaves = self.code(*tensors)
+            leaves = self.code(*self.weights.plain, *[_plain(given[i].detach()) for i in self.rest])
         return pytree.tree_unflatten(list(leaves), self.structure)
 
 
@@ -133,7 +127,7 @@ def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
 
     model = _Holder(call.piece.objective.model)
     slots = _weight_slots(model)
-    weights = [_Weight(own, key) for own, key in slots.values()]
+    places = list(slots.values())
     structure: list[Any] = []
     count = len(call.moving)
 
@@ -146,7 +140,7 @@ def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
         structure[:] = [spec]
         return leaves
 
-    inputs = [w.plain for w in weights] + [_plain(t.detach()) for t in [*call.moving, *call.held]]
+    inputs = _Weights(places).plain + [_plain(t.detach()) for t in [*call.moving, *call.held]]
     with torch.no_grad():
         try:
             graph = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
@@ -170,15 +164,13 @@ def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
                 options["cpp_wrapper_build_separate"] = True
             compiled = inductor(graph, [inputs[i] for i in used], options)
 
-    read = [weights[i] for i in used if i < len(weights)]
-    rest = [i - len(weights) for i in used if i >= len(weights)]
-
-    return _CompiledCall(compiled, read, rest, structure[0])
+    read = _Weights([places[i] for i in used if i < len(places)])
+    return _CompiledCall(compiled, read, [i - len(places) for i in used if i >= len(places)], structure[0])
 
 
-def _weight_slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where a model keeps each parameter and buffer: the dictionary and its key, by full name."""
-    slots: dict[str, tuple[dict[str, Any], str]] = {}
+def _weight_slots(model: nn.Module) -> dict[str, Place]:
+    """Where a model keeps each parameter and buffer, by full name."""
+    slots: dict[str, Place] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for own in (module._parameters, module._buffers):

@@ -90,20 +90,19 @@ class Adam(Rule):
     def step(
         self, problem: Problem, latents: list[Tensor], sizes: Sequence[float], state: Any
     ) -> tuple[list[Tensor], Any]:
-        gradients = problem.gradient(latents)
+        gradient = joined(problem.gradient(latents))
         if state is None:
-            state = 0, [torch.zeros_like(z) for z in latents], [torch.zeros_like(z) for z in latents]
-        count, means, squares = state
+            zero = torch.zeros_like(gradient)
+            sizes_of_entries = [torch.full_like(z[:1], size).flatten() for z, size in zip(latents, sizes, strict=True)]
+            state = 0, zero, zero, torch.cat(sizes_of_entries)
+        count, mean, square, size = state
         b1, b2 = self.betas
         count += 1
-        means = torch._foreach_lerp(means, gradients, 1 - b1)
-        squares = torch._foreach_add(
-            torch._foreach_mul(squares, b2), torch._foreach_mul(gradients, gradients), alpha=1 - b2
-        )
-        spread = torch._foreach_sqrt(torch._foreach_div(squares, 1 - b2**count))
-        moves = torch._foreach_div(means, torch._foreach_add(spread, self.eps))
-        moved = torch._foreach_add(latents, torch._foreach_mul(moves, [-size / (1 - b1**count) for size in sizes]))
-        return list(moved), (count, means, squares)
+        mean = torch.lerp(mean, gradient, 1 - b1)
+        square = torch.lerp(square, gradient.square(), 1 - b2)
+        move = mean / ((square / (1 - b2**count)).sqrt() + self.eps)
+        moved = joined(latents) - size / (1 - b1**count) * move
+        return parted(moved, latents), (count, mean, square, size)
 
 
 class GaussNewton(Rule):
