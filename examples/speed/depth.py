@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=10, help="seconds for each point, one repetition at least")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--execution", choices=EXECUTIONS, default="eager")
+    parser.add_argument("--workers", type=int, help="threads that share the scales of a step; those of --threads")
     parser.add_argument("--out", type=Path, default=Path("runs/depth"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="scale .* latents for the")
@@ -138,6 +139,7 @@ def main() -> None:
     settings = {**{k: v for k, v in vars(args).items() if k != "out"}, "device": device, "torch": torch.__version__}
     title = f"{device}, batch {args.batch}, width {args.width}"
     results: list[dict[str, Any]] = []
+    shared = {} if args.workers is None else {"threads": args.workers}
     for number in args.depths or ([1, 2, 4, 8, 12, 27] if args.by == "layers" else [1, 2, 4, 6, 8, 10]):
         by_layers = args.by == "layers"
         scales = sorted(SCALES[: 6 if by_layers else number])
@@ -150,7 +152,7 @@ def main() -> None:
         for name in args.methods:
             kind, options = METHODS[name]
             model = models[kind].to(args.device)
-            timed = step_time(model, {**options, "execution": EXECUTIONS[args.execution]()}, x, args.budget)
+            timed = step_time(model, {**options, "execution": EXECUTIONS[args.execution](**shared)}, x, args.budget)
             kept = kept_bytes(model, options, x)
             results.append({"method": name, "depth": model.depth, "scales": len(scales), **timed, "bytes": kept})
             print(

@@ -10,7 +10,7 @@ from torch import Tensor
 from separable_hvae import HVAE, MAPRefiner
 from separable_hvae.refine import Compiled, CudaGraphs, Eager, Execution
 
-EXECUTIONS: dict[str, Callable[[], Execution]] = {
+EXECUTIONS: dict[str, Callable[..., Execution]] = {
     "eager": Eager,
     "compiled": Compiled,
     "step-graphs": partial(CudaGraphs, whole=False),
