@@ -132,3 +132,28 @@ def test_local_problems_go_to_the_local_rule() -> None:
 
 def trained_shape() -> HVAE:
     return tiny(FFT1Real(4, scales=[1, 4]), sigma=0.3)
+
+
+class Decaying(Refiner):
+    """Adam's rule with step sizes that halve, beside torch's own Adam on the same gradients."""
+
+    rule = Adam()
+
+    @override
+    def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
+        mine, other, optimizer, count = state or (None, [z.clone() for z in latents], None, 0)
+        optimizer = optimizer or torch.optim.Adam([z.requires_grad_() for z in other])
+        size = 0.1 * 0.5**count
+        moved, mine = self.rule.step(problem, latents, [size] * len(latents), mine)
+        optimizer.param_groups[0]["lr"] = size
+        for z, g in zip(other, problem.gradient(latents), strict=True):
+            z.grad = g
+        optimizer.step()
+        for z, wanted in zip(moved, other, strict=True):
+            torch.testing.assert_close(z, wanted.detach())
+        return moved, (mine, other, optimizer, count + 1)
+
+
+def test_adams_step_sizes_may_change_from_step_to_step() -> None:
+    model = tiny(FFT1Real(4, scales=[1, 4]), sigma=0.3).double()
+    Decaying(4, schedule="joint")(model, signal(model.decomp, 3))

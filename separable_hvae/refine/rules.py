@@ -92,17 +92,15 @@ class Adam(Rule):
     ) -> tuple[list[Tensor], Any]:
         gradient = joined(problem.gradient(latents))
         if state is None:
-            zero = torch.zeros_like(gradient)
-            sizes_of_entries = [torch.full_like(z[:1], size).flatten() for z, size in zip(latents, sizes, strict=True)]
-            state = 0, zero, zero, torch.cat(sizes_of_entries)
-        count, mean, square, size = state
+            state = 0, torch.zeros_like(gradient), torch.zeros_like(gradient)
+        count, mean, square = state
         b1, b2 = self.betas
         count += 1
         mean = torch.lerp(mean, gradient, 1 - b1)
         square = torch.lerp(square, gradient.square(), 1 - b2)
-        move = mean / ((square / (1 - b2**count)).sqrt() + self.eps)
-        moved = joined(latents) - size / (1 - b1**count) * move
-        return parted(moved, latents), (count, mean, square, size)
+        moves = parted(mean / ((square / (1 - b2**count)).sqrt() + self.eps), latents)
+        scaled = torch._foreach_mul(moves, [-size / (1 - b1**count) for size in sizes])
+        return list(torch._foreach_add(latents, scaled)), (count, mean, square)
 
 
 class GaussNewton(Rule):
