@@ -3,9 +3,10 @@
     python examples/speed/depth.py --out runs/depth                     # depth by layers of each of 6 scales
     python examples/speed/depth.py --by scales --out runs/depth-scales  # depth by number of scales, 5 layers each
 
-Measures in one process and in turns, on untrained models of 32×32 RGB signals: eq. 4 latent by latent
-(the vanilla model), a joint gradient through the whole decoder, and every schedule of the separable
-model. One step's time is (t(1 + n steps) − t(1 step)) / n, so what a refinement does once is not counted.
+Measures in one process and in turns (a round through all methods, then the next), on untrained models of
+32×32 RGB signals: eq. 4 latent by latent (the vanilla model), a joint gradient through the whole decoder,
+and every schedule of the separable model. One step's time is (t(1 + n steps) − t(1 step)) / n, so what a
+refinement does once is not counted.
 Memory is what autograd keeps for the backward pass of the largest problem, weights aside, on any device.
 Writes depth.json and depth.png.
 """
@@ -13,8 +14,9 @@ Writes depth.json and depth.png.
 import argparse
 import json
 import statistics
-import time
 import warnings
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +40,49 @@ METHODS: dict[str, tuple[type[Decomposition], dict[str, Any]]] = {
     "joint": (FFT2Real, {"schedule": "joint"}),
     "joint, Gauss–Newton": (FFT2Real, {"schedule": "joint", "rule": "gauss-newton"}),
 }
+SLOW = 1.0  # Seconds.
 SCALES = [32, 16, 8, 4, 2, 1, 24, 12, 6, 3]  # Taken in this order where depth is the number of scales.
 
 
-def step_time(model: HVAE, options: dict[str, Any], x: Tensor, budget: float) -> dict[str, Any]:
-    """Median and range of one step's time, from as many repetitions as the budget allows, at most 7."""
-    one = MAPRefiner(steps=1, **options)
-    one(model, x)  # What is compiled or recorded is so on first use.
-    # Fast steps need more of them for a difference well above the clock's and the machine's noise.
-    more = 2 if seconds(one, model, x) > budget / 10 else 8
-    many = MAPRefiner(steps=1 + more, **options)
-    if not isinstance(many.execution, Eager):
-        many(model, x)
-    times: list[float] = []
-    begin = time.perf_counter()
-    while not times or (len(times) < 7 and time.perf_counter() - begin < budget):
-        short = seconds(one, model, x)
-        times.append((seconds(many, model, x) - short) / more)
-    return {"median": statistics.median(times), "low": min(times), "high": max(times), "repetitions": len(times)}
+class Stopwatch:
+    """Times of one step of a method on a model.
+
+    Args:
+        model: The model.
+        options: Of the refiner.
+        x: Signals.
+    """
+
+    def __init__(self, model: HVAE, options: dict[str, Any], x: Tensor) -> None:
+        self.model, self.x = model, x
+        one = MAPRefiner(steps=1, **options)
+        one(model, x)  # What is compiled or recorded is so on first use.
+        slow = seconds(one, model, x) > SLOW
+        # Fast steps need more of them for a difference well above the clock's and the machine's noise.
+        self.more = 2 if slow else 8
+        self.one, self.many = one, MAPRefiner(steps=1 + self.more, **options)
+        if not isinstance(self.many.execution, Eager):
+            self.many(model, x)
+        self.times: list[float] = []
+        self.spent = 0.0
+
+    def measure(self) -> None:
+        """Take one more time."""
+        short, long = (seconds(refiner, self.model, self.x) for refiner in (self.one, self.many))
+        self.times.append((long - short) / self.more)
+        self.spent += short + long
+
+    def summary(self) -> dict[str, Any]:
+        """Median and range."""
+        times = self.times
+        return {"median": statistics.median(times), "low": min(times), "high": max(times), "repetitions": len(times)}
+
+
+def measure_in_turns(watches: Sequence[Stopwatch], budget: float, most: int) -> None:
+    """Go through the methods in rounds, each until its seconds are spent or it has been measured often enough."""
+    while due := [w for w in watches if not w.times or (len(w.times) < most and w.spent < budget)]:
+        for watch in due:
+            watch.measure()
 
 
 def kept_bytes(model: HVAE, options: dict[str, Any], x: Tensor) -> int:
@@ -84,7 +111,7 @@ def draw(results: list[dict[str, Any]], title: str) -> Figure:
     """Time and memory against depth, with the laws that they should follow."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in METHODS:
+    for name in dict.fromkeys(r["method"] for r in results):
         runs = [r for r in results if r["method"] == name]
         depth = [r["depth"] for r in runs]
         left.loglog(depth, [1e3 * r["median"] for r in runs], marker="o", label=name)
@@ -125,8 +152,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=10, help="seconds for each point, one repetition at least")
+    parser.add_argument("--repetitions", type=int, default=7, help="of each point, if the budget allows")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--execution", choices=EXECUTIONS, default="eager")
+    parser.add_argument("--executions", nargs="+", choices=EXECUTIONS, default=["eager"])
     parser.add_argument("--workers", type=int, help="threads that share the scales of a step; those of --threads")
     parser.add_argument("--out", type=Path, default=Path("runs/depth"))
     args = parser.parse_args()
@@ -149,15 +177,18 @@ def main() -> None:
             )
             for kind in (Identity, FFT2Real)
         }
-        for name in args.methods:
+        watches: dict[tuple[str, str], Stopwatch] = {}
+        for name, execution in product(args.methods, args.executions):
             kind, options = METHODS[name]
             model = models[kind].to(args.device)
-            timed = step_time(model, {**options, "execution": EXECUTIONS[args.execution](**shared)}, x, args.budget)
-            kept = kept_bytes(model, options, x)
-            results.append({"method": name, "depth": model.depth, "scales": len(scales), **timed, "bytes": kept})
-            print(
-                f"L = {model.depth:4d}  {name:36} {1e3 * timed['median']:10.1f} ms {kept / 2**20:9.2f} MiB", flush=True
-            )
+            watches[name, execution] = Stopwatch(model, {**options, "execution": EXECUTIONS[execution](**shared)}, x)
+        measure_in_turns(list(watches.values()), args.budget, args.repetitions)
+        for (name, execution), watch in watches.items():
+            depth, kept = watch.model.depth, kept_bytes(watch.model, METHODS[name][1], x)
+            label = name if len(args.executions) == 1 else f"{name}, {execution}"
+            results.append({"method": label, "depth": depth, "scales": len(scales), **watch.summary(), "bytes": kept})
+            median = 1e3 * results[-1]["median"]
+            print(f"L = {depth:4d}  {label:36} {median:10.1f} ms {kept / 2**20:9.2f} MiB", flush=True)
         (args.out / "depth.json").write_text(json.dumps({**settings, "results": results}, indent=1))
     draw(results, title).savefig(args.out / "depth.png", dpi=160)
 

@@ -6,7 +6,8 @@
 Trains a separable model with Haar bands, one with Fourier bands and a vanilla one for the same time (or
 takes them from --models), tunes each method's step size on one half of the held-out images, and reports
 the other half: 8-bit MSE, −log p(z) per latent and the MAP objective after N steps, with the paired
-standard error of the difference from joint Adam, and the median time at the batch size asked for.
+standard error of the difference from joint Adam, and the median time at the batch size asked for, all
+methods being timed in turns.
 Writes quality.json, quality.md, quality.png and guidance.png.
 """
 
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 VANILLA = ["joint", "joint, Gauss–Newton"]
 REFERENCE = {"schedule": "joint", "step_size": 0.06}
-STEPS = [1, 2, 3, 5, 7, 10, 15, 25]
+STEPS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25]
 SIZES = [0.01, 0.03, 0.06, 0.1]
 GUIDANCE = [0.1, 0.3, 1.0, 3.0, 10.0]
 SIGMA = 0.05
@@ -81,9 +83,17 @@ def numbers(result: Result, x: Tensor) -> dict[str, Tensor]:
     return {"mse": mse, "nll": result.nll / sum(z[0].numel() for z in result.latents), "objective": result.objective}
 
 
-def median_time(refiner: MAPRefiner, model: HVAE, x: Tensor, repetitions: int) -> float:
-    """Median wall time of a call, after one to warm up."""
-    return statistics.median([seconds(refiner, model, x) for _ in range(repetitions + 1)][1:])
+def time_in_turns(setting: Setting, methods: dict[str, dict[str, Any]], few: Tensor, repetitions: int) -> None:
+    """Median wall time of every point, from rounds through all of them: what slows the machine meets each method."""
+    timed = [
+        (point, MAPRefiner(point["steps"], **method["options"]))
+        for method in methods.values()
+        for point in method["points"]
+    ]
+    rounds = [[seconds(refiner, setting.model, few) for _, refiner in timed] for _ in range(repetitions + 1)]
+    # The first round warms up.
+    for (point, _), times in zip(timed, zip(*rounds[1:], strict=True), strict=True):
+        point["seconds"] = statistics.median(times)
 
 
 def tuned(setting: Setting, options: dict[str, Any]) -> dict[str, Any]:
@@ -97,17 +107,16 @@ def tuned(setting: Setting, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "step_size": min(reached, key=reached.__getitem__)}
 
 
-def curve(setting: Setting, options: dict[str, Any], few: Tensor, repetitions: int) -> list[dict[str, Any]]:
-    """What each number of steps reaches on the reporting half, and its time on a few images."""
+def curve(
+    setting: Setting, options: dict[str, Any], reference: dict[str, Tensor], steps: Sequence[int] = STEPS
+) -> dict[str, Any]:
+    """A method with what each number of steps reaches on the reporting half."""
     model, x = setting.model, setting.reporting
-    reference = numbers(MAPRefiner(25, **REFERENCE)(model, x), x)
     points = []
-    for steps in [0, *STEPS]:
-        refiner = MAPRefiner(steps, **options)
-        result = refiner(model, x)
-        measured = numbers(result, x)
-        point: dict[str, Any] = {"steps": steps, "seconds": median_time(refiner, model, few, repetitions)}
-        for name, values in measured.items():
+    for count in steps:
+        result = MAPRefiner(count, **options)(model, x)
+        point: dict[str, Any] = {"steps": count}
+        for name, values in numbers(result, x).items():
             difference = values - reference[name]
             point[name] = float(values.mean())
             point[f"{name}_difference"] = float(difference.mean())
@@ -115,7 +124,7 @@ def curve(setting: Setting, options: dict[str, Any], few: Tensor, repetitions: i
         assert result.refused is not None
         point["refused"] = int(result.refused.sum())
         points.append(point)
-    return points
+    return {"options": options, "points": points}
 
 
 def time_to(points: list[dict[str, Any]], name: str, goal: float) -> float | None:
@@ -142,13 +151,13 @@ def table(curves: dict[str, dict[str, Any]]) -> str:
         "|---" * 10 + "|",
     ]
     for model, methods in curves.items():
-        goal = methods["reference"]
+        (goal,) = methods["reference"]["points"]
         for name, method in methods.items():
             if name == "reference":
                 continue
             at = next(p for p in method["points"] if p["steps"] == 25)
             reached = [time_to(method["points"], column, goal[column]) for column in ("objective", "mse")]
-            first, second = (f"{1e3 * t:.0f}" if t is not None else "–" for t in reached)
+            first, second = (f"{1e3 * t:.0f} ({goal['seconds'] / t:.1f}×)" if t is not None else "–" for t in reached)
             lines.append(
                 f"| {model} | {name} | {method['options'].get('step_size', '–')} | {at['mse']:.2f} "
                 f"| {at['mse_difference']:+.2f} ± {at['mse_error']:.2f} | {at['nll']:.3f} | {at['objective']:.2f} "
@@ -228,14 +237,12 @@ def main() -> None:
         model = trained(name, train, args.seconds, args.models or args.out / "models")
         setting = Setting(name, model, held_out[:half], held_out[half : 2 * half])
         few = setting.reporting[: args.batch]
-        reference = MAPRefiner(25, **REFERENCE)
-        measured = numbers(reference(model, setting.reporting), setting.reporting)
-        curves[name] = {"reference": {k: float(v.mean()) for k, v in measured.items()}}
-        curves[name]["reference"]["seconds"] = median_time(reference, model, few, args.repetitions)
+        reference = numbers(MAPRefiner(25, **REFERENCE)(model, setting.reporting), setting.reporting)
+        curves[name] = {"reference": curve(setting, REFERENCE, reference, [25])}
         for method in VANILLA if name == "vanilla" else METHODS:
-            options = tuned(setting, METHODS[method])
-            curves[name][method] = {"options": options, "points": curve(setting, options, few, args.repetitions)}
+            curves[name][method] = curve(setting, tuned(setting, METHODS[method]), reference)
             print(f"{name}, {method}: {curves[name][method]['points'][-1]['mse']:.2f}", flush=True)
+        time_in_turns(setting, curves[name], few, args.repetitions)
         trades[name] = trade(setting, GAUSS_NEWTON)
         amortized[name] = curves[name]["joint"]["points"][0]
     title = f"CPU, {args.threads} thread(s), batch {args.batch}; {'CIFAR-10 at 16×16' if args.cifar10 else 'digits'}"
