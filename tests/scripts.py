@@ -5,11 +5,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def script(name: str) -> Any:
-    """A module of ``examples/``."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
+def script(name: str, folder: str = "") -> Any:
+    """A module of ``examples/``, or of a folder in it."""
+    if (path := str(EXAMPLES / folder)) not in sys.path:
+        sys.path.append(path)
     return importlib.import_module(name)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: object) -> None:
+    """Run a script with these arguments."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
+    module.main()

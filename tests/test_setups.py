@@ -18,7 +18,7 @@ from torch import Tensor
 from separable_hvae import HVAE
 from separable_hvae.training import Augment
 from tests.kills import MICRO, differences, records
-from tests.scripts import EXAMPLES, script
+from tests.scripts import EXAMPLES, call, script
 from tests.test_data import write_cifar
 
 setups, train, evaluation = script("setups"), script("train"), script("evaluate")
@@ -128,11 +128,6 @@ def test_bad_durations(text: str) -> None:
 
 
 # train.py.
-
-
-def call(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
-    module.main()
 
 
 @pytest.fixture(scope="module")

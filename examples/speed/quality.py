@@ -108,7 +108,7 @@ def tuned(setting: Setting, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve(
-    setting: Setting, options: dict[str, Any], reference: dict[str, Tensor], steps: Sequence[int] = STEPS
+    setting: Setting, options: dict[str, Any], reference: dict[str, Tensor], steps: Sequence[int]
 ) -> dict[str, Any]:
     """A method with what each number of steps reaches on the reporting half."""
     model, x = setting.model, setting.reporting
@@ -240,7 +240,7 @@ def main() -> None:
         reference = numbers(MAPRefiner(25, **REFERENCE)(model, setting.reporting), setting.reporting)
         curves[name] = {"reference": curve(setting, REFERENCE, reference, [25])}
         for method in VANILLA if name == "vanilla" else METHODS:
-            curves[name][method] = curve(setting, tuned(setting, METHODS[method]), reference)
+            curves[name][method] = curve(setting, tuned(setting, METHODS[method]), reference, STEPS)
             print(f"{name}, {method}: {curves[name][method]['points'][-1]['mse']:.2f}", flush=True)
         time_in_turns(setting, curves[name], few, args.repetitions)
         trades[name] = trade(setting, GAUSS_NEWTON)
