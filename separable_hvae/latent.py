@@ -1,17 +1,18 @@
 r"""One stochastic layer of the top-down hierarchy.
 
     p(z_l | z_<l)    = N(μ_p(ĥ_l), σ_p(ĥ_l)²)              prior, eq. 2
-    q(z_l | x, z_<l) = N(μ_q(ĥ_l, e), σ_q(ĥ_l, e)²)        posterior in the same order, eq. 3
+    q(z_l | x, z_<l) = N(μ_q(ĥ_l, e, r), σ_q(ĥ_l, e, r)²)  posterior in the same order, eq. 3
     ĥ_{l+1} = r(ĥ_l + f_p(ĥ_l) + W z_l)                    injection and residual block
 
-ĥ is the context and e the evidence: the encoder's activation at the layer's scale, joined there by
-the target band. Log-sigmas are bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities
-stay finite whatever the networks emit.
+ĥ is the context, e the encoder's activation at the layer's scale, and r what the head would not yet say of
+the target band. Part of μ_q is linear in r: the band is linear in z along the context, and to say a number
+within a thousandth of its range is easy along a line and hard to learn for a network. Log-sigmas are
+bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities stay finite whatever the networks emit.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -109,19 +110,43 @@ class StochasticLayer(nn.Module):
         hidden: Channels of the bottlenecks.
         latent_channels: Channels of the latents.
         gain: Factor on the last convolution of the residual branches, ``1/√L``.
+        pictures: Channels of the picture of what is missing of a band; 0 where the posterior does not see it.
     """
 
-    def __init__(self, grid: Sequence[int], width: int, hidden: int, latent_channels: int, *, gain: float) -> None:
+    def __init__(
+        self,
+        grid: Sequence[int],
+        width: int,
+        hidden: int,
+        latent_channels: int,
+        *,
+        gain: float,
+        pictures: int = 0,
+    ) -> None:
         super().__init__()
         self.grid = tuple(grid)
         self.latent_channels = latent_channels
         self.prior = Bottleneck(width, hidden, width + 2 * latent_channels, grid, gain=0.0)
         self.posterior = Bottleneck(2 * width, hidden, 2 * latent_channels, grid, gain=gain)
+        self.look = conv(pictures, width, grid, gain=1.0) if pictures else None
+        self.reach = conv(pictures, latent_channels, grid, gain=1.0) if pictures else None
         self.inject = conv(latent_channels, width, grid, pointwise=True, gain=gain)
         self.block = ResidualBlock(width, hidden, grid, gain=gain)
 
-    def guess(self, context: Tensor, evidence: Tensor) -> Gaussian:
-        """The posterior under a context ``(B, width, *any grid)`` and evidence ``(B, width, *grid)``."""
+    def guess(self, context: Tensor, evidence: Tensor, missing: Tensor | None = None) -> Gaussian:
+        """The posterior.
+
+        Args:
+            context: Context ``(B, width, *any grid)``.
+            evidence: The encoder's activation ``(B, width, *grid)``.
+            missing: Picture of what is missing of the target band ``(B, pictures, *grid)``.
+        """
+        if self.look is None or self.reach is None or missing is None:
+            return self._guess(context, evidence)
+        guess = self._guess(context, evidence + self.look(missing))
+        return replace(guess, mean=guess.mean + self.reach(missing))
+
+    def _guess(self, context: Tensor, evidence: Tensor) -> Gaussian:
         return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))
 
     def enter(self, context: Tensor) -> Entry:
@@ -135,7 +160,7 @@ class StochasticLayer(nn.Module):
         self,
         context: Tensor,
         z: Tensor | None = None,
-        evidence: Tensor | None = None,
+        posterior: Gaussian | None = None,
         *,
         entry: Entry | None = None,
         temperature: float = 1.0,
@@ -143,14 +168,11 @@ class StochasticLayer(nn.Module):
     ) -> LayerPass:
         """Run the layer on a context ``(B, width, *any grid)``.
 
-        ``z`` given is used as it is; otherwise it is drawn from the posterior where there is evidence
-        ``(B, width, *grid)``, else from the prior. ``entry`` spares the layer what :meth:`enter` does.
+        ``z`` given is used as it is; otherwise it is drawn from the posterior where there is one, else from the
+        prior. ``entry`` spares the layer what :meth:`enter` does.
         """
         entry = entry or self.enter(context)
-        posterior = None
         if z is None:
-            if evidence is not None:
-                posterior = self.guess(context, evidence)
             z = (posterior or Gaussian.from_raw(entry.raw)).sample(temperature, generator)
         outgoing = self.block(entry.context + self.inject(z.to(entry.context.dtype)))
         return LayerPass(outgoing, z, entry.raw, posterior)

@@ -15,18 +15,25 @@ from itertools import groupby
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.blocks import conv
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.heads import ScaleHead
 from separable_hvae.latent import Entry, Gaussian, StochasticLayer
-from separable_hvae.signals import full_precision, resample
+from separable_hvae.signals import full_precision, resample, widen
 
-Evidence = Sequence[Tensor]
-"""What the posteriors of a subset see: one tensor ``(B, width, *grid)`` for each layer."""
+
+class Evidence(NamedTuple):
+    """What the posteriors of a subset see beside the context.
+
+    Attributes:
+        activations: The encoder's, ``(B, width, *grid)`` for each layer.
+        target: The target band in its unit, ``(B, *band_shape)``; ``None`` where posteriors do not see it.
+    """
+
+    activations: list[Tensor]
+    target: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -92,29 +99,6 @@ class Surprise(NamedTuple):
         return -(0.5 * self.whitened.square() + self.log_sigma).sum(2) - constant
 
 
-class BandInput(nn.Module):
-    """Let the posterior see the target band: its picture, brought to the latents' grid."""
-
-    decomp: Decomposition
-
-    def __init__(self, decomp: Decomposition, scale: int, width: int, bottleneck: int) -> None:
-        super().__init__()
-        # The model's, no submodule: see ScaleHead.
-        self.__dict__["decomp"] = decomp
-        self.scale = scale
-        self.grid = decomp.grid(scale)
-        channels, *points = decomp.picture_shape(scale)
-        self.look = conv(channels, bottleneck, points, gain=1.0)
-        self.spread = conv(bottleneck, width, self.grid)
-
-    @override
-    def forward(self, band: Tensor) -> Tensor:
-        with full_precision(band.device):
-            picture = self.decomp.to_grid(self.scale, band)
-        y = F.silu(self.look(picture.to(self.look.weight.dtype)))
-        return self.spread(resample(y, self.grid))  # type: ignore[no-any-return]
-
-
 class Subset(nn.Module):
     """The layers of one band's scales, coarse to fine, and the head of the last one.
 
@@ -126,7 +110,7 @@ class Subset(nn.Module):
         bottleneck: Channels inside blocks.
         latent_channels: Channels of each latent.
         blocks: Residual blocks of the head.
-        band_input: Whether the posteriors of the last scale see the target band.
+        band_input: Whether the posteriors of the last scale see what is missing of the target band.
         gain: ``1/√L``.
     """
 
@@ -150,19 +134,38 @@ class Subset(nn.Module):
         super().__init__()
         self.scales = tuple(s for s, count in layers.items() for _ in range(count))
         self.scale = max(layers)
-        stack = [StochasticLayer(decomp.grid(s), width, bottleneck, latent_channels, gain=gain) for s in self.scales]
+        self.band_input = band_input
+        channels, *_ = decomp.picture_shape(self.scale)
+        stack = [
+            StochasticLayer(
+                decomp.grid(s),
+                width,
+                bottleneck,
+                latent_channels,
+                gain=gain,
+                pictures=channels if band_input and s == self.scale else 0,
+            )
+            for s in self.scales
+        ]
         self.layers = cast(Sequence[StochasticLayer], nn.ModuleList(stack))
         self.head = head(decomp, self.scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
-        self.band_input = BandInput(decomp, self.scale, width, bottleneck) if band_input else None
         self.register_buffer("centre", torch.zeros(decomp.band_shapes[self.scale]))
         self.register_buffer("unit", torch.ones(()))
 
-    def evidence(self, activations: dict[int, Tensor], target: Tensor) -> list[Tensor]:
-        """Join the encoder's activations and the target band, for each layer."""
-        seen = dict(activations)
-        if self.band_input is not None:
-            seen[self.scale] = seen[self.scale] + self.band_input((target - self.centre) / self.unit)
-        return [seen[s] for s in self.scales]
+    def evidence(self, activations: dict[int, Tensor], target: Tensor) -> Evidence:
+        """What the posteriors see of the encoder's activations by scale and of the target band."""
+        seen = (target - self.centre) / self.unit if self.band_input else None
+        return Evidence([activations[s] for s in self.scales], seen)
+
+    def posterior(self, m: int, context: Tensor, evidence: Evidence) -> Gaussian:
+        """The posterior of layer ``m`` under the context that flows into it."""
+        layer, missing = self.layers[m], None
+        if evidence.target is not None and self.scales[m] == self.scale:
+            said = self.head(resample(context, layer.grid))
+            with full_precision(said.device):
+                picture = self.head.decomp.to_grid(self.scale, evidence.target - widen(said))
+            missing = resample(picture.to(context.dtype), layer.grid)
+        return layer.guess(context, evidence.activations[m], missing)
 
     @override
     def forward(
@@ -182,7 +185,7 @@ class Subset(nn.Module):
             context: The context that flows into layer ``start``.
             latents: One entry for each layer from ``start`` on; ``None`` means drawn from the
                 posterior where there is evidence, else from the prior.
-            evidence: What the posteriors see, one entry for each layer of the whole subset.
+            evidence: What the posteriors of the whole subset see.
             start: First layer that runs.
             entry: What this layer makes of its context, where that is known already.
             temperature: Factor on the standard deviation of what is drawn; 0 gives means.
@@ -191,8 +194,8 @@ class Subset(nn.Module):
         zs, raws, posteriors, contexts = [], [], [], []
         for i, z in enumerate(latents, start):
             contexts.append(context)
-            seen = None if evidence is None else evidence[i]
-            step = self.layers[i](context, z, seen, entry=entry, temperature=temperature, generator=generator)
+            posterior = self.posterior(i, context, evidence) if z is None and evidence is not None else None
+            step = self.layers[i](context, z, posterior, entry=entry, temperature=temperature, generator=generator)
             context, entry = step.context, None
             zs.append(step.z)
             raws.append(step.raw)
@@ -203,5 +206,5 @@ class Subset(nn.Module):
                 f"{type(self.head).__name__} must give (B, {', '.join(map(str, self.centre.shape))}) "
                 f"at scale {self.scale}, got {tuple(band.shape)}"
             )
-        band = self.centre + self.unit * (band.float() if band.itemsize < 4 else band)
+        band = self.centre + self.unit * widen(band)
         return SubsetPass(context, band, zs, raws, posteriors, contexts)

@@ -63,7 +63,7 @@ class LinearLayer(nn.Module):
     def _gaussian(self, mean: Tensor, log_sigma: Tensor) -> Gaussian:
         return Gaussian(mean.unflatten(1, self.shape), log_sigma.expand_as(mean).unflatten(1, self.shape))
 
-    def guess(self, context: Tensor, evidence: Tensor) -> Gaussian:
+    def guess(self, context: Tensor, evidence: Tensor, missing: Tensor | None = None) -> Gaussian:
         mean = self.posterior(torch.cat([context.flatten(1), evidence], dim=1))
         posterior = self._gaussian(mean, self.posterior_log_sigma)
         return posterior if self.factor is None else FullGaussian(posterior.mean, posterior.log_sigma, self.factor)
@@ -79,17 +79,15 @@ class LinearLayer(nn.Module):
         self,
         context: Tensor,
         z: Tensor | None = None,
-        evidence: Tensor | None = None,
+        posterior: Gaussian | None = None,
         *,
         entry: Entry | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> LayerPass:
-        entry, posterior = entry or self.enter(context), None
+        entry = entry or self.enter(context)
         c = entry.context.flatten(1)
         if z is None:
-            if evidence is not None:
-                posterior = self.guess(context, evidence)
             drawn = posterior or Gaussian.from_raw(entry.raw)
             if self.noise is None:
                 z = drawn.sample(temperature, generator)

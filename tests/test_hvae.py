@@ -26,7 +26,7 @@ from separable_hvae import (
     Wavelet2,
 )
 from separable_hvae.latent import LayerPass, StochasticLayer
-from separable_hvae.subset import BandInput
+from separable_hvae.signals import resample
 from tests.test_fourier import rings
 from tests.zoo import OWN, SMALL, Make, signal
 
@@ -366,29 +366,37 @@ def test_residual_branches_start_at_one_over_root_depth() -> None:
         assert float(b.std() / a.std()) == pytest.approx(1, rel=0.15)
 
 
-def band_inputs(model: HVAE, x: Tensor) -> tuple[list[Tensor], Result]:
-    """What each subset's band input looked at during a pass."""
-    seen: list[Tensor] = []
-    modules = [m for m in model.modules() if isinstance(m, BandInput)]
-    hooks = [m.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])) for m in modules]
-    result = model(x, seeded())
-    for hook in hooks:
-        hook.remove()
-    return seen, result
-
-
 @pytest.mark.parametrize("make", OWN.values(), ids=OWN)
-def test_targets_are_what_is_left_to_explain(make: Make) -> None:
+def test_posteriors_see_what_is_left_to_say(make: Make) -> None:
+    """The target band in its unit, less what the head would make of the context; a picture of it."""
     model = tiny(make()).double()
     x = signal(model.decomp)
     for i, subset in enumerate(model.subsets):
         subset.get_buffer("unit").fill_(i + 1)
-    seen, result = band_inputs(model, x)
-    assert len(seen) == len(model.subsets)
-    for i, (s, target) in enumerate(zip(model.decomp.band_scales, seen, strict=True)):
-        residual = x - model.decomp.synthesis(result.bands[:i]) if i else x
-        torch.testing.assert_close(target, model.decomp.project(s, residual).detach() / (i + 1))
-        assert not target.requires_grad
+    looked: list[list[Tensor]] = [[] for _ in model.subsets]
+    for subset, seen in zip(model.subsets, looked, strict=True):
+        for layer in subset.layers:
+            if layer.look is not None:
+                layer.look.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(inputs[0]))
+    with torch.no_grad():
+        passes = model.top_down([None] * model.depth, len(x), model.observe(x), generator=seeded())
+    decomp, bands = model.decomp, [step.band for step in passes]
+    for i, (s, subset, step) in enumerate(zip(decomp.band_scales, model.subsets, passes, strict=True)):
+        target = decomp.project(s, x - decomp.synthesis(bands[:i]) if i else x)
+        contexts = [c for c, scale in zip(step.contexts, subset.scales, strict=True) if scale == s]
+        assert len(looked[i]) == len(contexts)
+        for picture, context in zip(looked[i], contexts, strict=True):
+            context = resample(context, decomp.grid(s))
+            left = target - (i + 1) * subset.head(context)
+            expected = resample(decomp.to_grid(s, left), decomp.grid(s)) / (i + 1)
+            torch.testing.assert_close(picture, expected)
+
+
+def test_targets_pass_no_gradients() -> None:
+    model = tiny(FFT1Real(4))
+    x = signal(model.decomp, dtype=torch.float32).requires_grad_()
+    for i in range(len(model.subsets)):
+        assert not model.target(i, model.observe(x), []).requires_grad
 
 
 # Units.

@@ -86,10 +86,10 @@ def test_huge_raw_numbers_stay_finite() -> None:
 @pytest.mark.parametrize("grid", [(1,), (4,), (3, 4), (1, 1), (2, 3, 4)])
 @pytest.mark.parametrize("came", ["same", "coarser"])
 def test_layer_shapes_and_gradients(grid: tuple[int, ...], came: str) -> None:
-    layer = StochasticLayer(grid, 6, 4, 2, gain=0.5)
+    layer = StochasticLayer(grid, 6, 4, 2, gain=0.5, pictures=3)
     perturb(layer)
     context = torch.randn(3, 6, *(grid if came == "same" else (1,) * len(grid)))
-    step = layer(context, evidence=torch.randn(3, 6, *grid))
+    step = layer(context, None, layer.guess(context, torch.randn(3, 6, *grid), torch.randn(3, 3, *grid)))
     assert step.context.shape == (3, 6, *grid)
     assert step.posterior is not None
     assert step.z.shape == step.prior.mean.shape == step.posterior.log_sigma.shape == (3, 2, *grid)
@@ -114,21 +114,32 @@ def test_the_prior_starts_as_a_standard_normal() -> None:
 def test_where_latents_come_from() -> None:
     layer = StochasticLayer((4,), 6, 4, 1, gain=0.5)
     perturb(layer)
-    context, evidence = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    context = torch.randn(2, 6, 4)
+    posterior = layer.guess(context, torch.randn(2, 6, 4))
 
-    def run(z: Tensor | None = None, seen: Tensor | None = None, temperature: float = 0.0) -> Tensor:
-        drawn: Tensor = layer(context, z, seen, temperature=temperature, generator=torch.Generator().manual_seed(0)).z
+    def run(z: Tensor | None = None, q: Gaussian | None = None, temperature: float = 0.0) -> Tensor:
+        drawn: Tensor = layer(context, z, q, temperature=temperature, generator=torch.Generator().manual_seed(0)).z
         return drawn
 
-    inferred = layer(context, evidence=evidence)
-    assert inferred.posterior is not None
+    inferred = layer(context, None, posterior)
+    assert inferred.posterior is posterior
     assert torch.equal(run(), inferred.prior.mean)
-    assert torch.equal(run(seen=evidence), inferred.posterior.mean)
+    assert run(q=posterior) is posterior.mean
     given = torch.randn(2, 1, 4)
-    assert run(given, evidence) is given
-    assert layer(context, given, evidence).posterior is None
+    assert run(given, posterior) is given
     noise = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(run(temperature=0.5), inferred.prior.mean + 0.5 * inferred.prior.sigma * noise)
+
+
+def test_what_is_missing_moves_the_mean_along_a_line() -> None:
+    layer = StochasticLayer((4,), 6, 4, 1, gain=0.5, pictures=2)
+    perturb(layer)
+    assert layer.look is not None
+    torch.nn.init.zeros_(layer.look.weight)
+    context, evidence, missing = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.randn(2, 2, 4)
+    near, far, farther = (layer.guess(context, evidence, n * missing) for n in (0, 1, 100))
+    torch.testing.assert_close(farther.mean - near.mean, 100 * (far.mean - near.mean), rtol=1e-4, atol=1e-4)
+    assert torch.equal(near.log_sigma, farther.log_sigma)
 
 
 def test_latents_change_the_context() -> None:

@@ -109,9 +109,9 @@ def pnp_hvae(model: HVAE, problem: Measurement, temperature: float, steps: int =
             latents: list[Tensor] = []
             flow = context
             evidence = model.evidence(i, seen, model.target(i, seen, bands))
-            for layer, shown in zip(subset.layers, evidence, strict=True):
-                known = layer(flow, None, shown, temperature=0.0)
-                q, p = known.posterior, known.prior
+            for m, layer in enumerate(subset.layers):
+                q = subset.posterior(m, flow, evidence)
+                p = layer(flow, q.mean).prior
                 trust, pull = torch.exp(-2 * q.log_sigma), weight * torch.exp(-2 * p.log_sigma)
                 z = (trust * q.mean + pull * p.mean) / (trust + pull)
                 flow = layer(flow, z).context

@@ -199,9 +199,9 @@ class Parallel(Schedule):
             return None
         with torch.no_grad():
             return [
-                layer.guess(context, seen).mean
-                for subset, contexts, all_seen in zip(run.model.subsets, inflows, evidence, strict=True)
-                for layer, context, seen in zip(subset.layers, contexts[:-1], all_seen, strict=True)
+                subset.posterior(m, context, seen).mean
+                for subset, contexts, seen in zip(run.model.subsets, inflows, evidence, strict=True)
+                for m, context in enumerate(contexts[:-1])
             ]
 
 
