@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from separable_hvae.blocks import ResidualBlock, conv
 from separable_hvae.decomposition import Decomposition
-from separable_hvae.signals import full_precision, resample
+from separable_hvae.signals import full_precision, resample, widen
 
 EMIT_GAIN = 0.5
 """Initial bands are small against their unit, so that training does not start by unlearning them."""
@@ -25,6 +25,7 @@ EMIT_GAIN = 0.5
 class ScaleHead(nn.Module, ABC):
     """Map the context ``(B, width, *grid)`` at the end of a subset to a band ``(B, *band_shape)``.
 
+    A subclass gives ``forward``, and may give a cheaper ``read``.
     The model builds one head for each band with these arguments, and a subclass takes the same.
 
     Args:
@@ -54,6 +55,13 @@ class ScaleHead(nn.Module, ABC):
     def forward(self, context: Tensor) -> Tensor:
         """Return the standardised band ``(B, *band_shape)``."""
 
+    def read(self, context: Tensor) -> Tensor:
+        """The standardised band that a context says on its way, roughly: posteriors are shown what it lacks.
+
+        Every posterior calls it, so it should cost little; by default it is the head itself.
+        """
+        return self(context)  # type: ignore[no-any-return]
+
 
 class GridHead(ScaleHead):
     """Predict a small signal on the band's picture grid and take its band (``from_grid``).
@@ -71,9 +79,13 @@ class GridHead(ScaleHead):
 
     @override
     def forward(self, context: Tensor) -> Tensor:
-        picture = self.emit(resample(self.blocks(context), self.points))
+        return self.read(self.blocks(context))
+
+    @override
+    def read(self, context: Tensor) -> Tensor:
+        picture = self.emit(resample(context, self.points))
         with full_precision(picture.device):
-            return self.decomp.from_grid(self.scale, picture.float() if picture.itemsize < 4 else picture)
+            return self.decomp.from_grid(self.scale, widen(picture))
 
 
 class CoefficientHead(ScaleHead):
@@ -97,11 +109,14 @@ class CoefficientHead(ScaleHead):
 
     @override
     def forward(self, context: Tensor) -> Tensor:
-        y = self.blocks(context)
+        return self.read(self.blocks(context))
+
+    @override
+    def read(self, context: Tensor) -> Tensor:
         if self.on_grid:
-            return self.emit(resample(y, self.shape[1:]))  # type: ignore[no-any-return]
-        flat = self.emit(y).reshape(len(y), self.rows, self.columns * math.prod(self.grid))
-        return flat[..., : self.shape[-1]].reshape(len(y), *self.shape)  # type: ignore[no-any-return]
+            return self.emit(resample(context, self.shape[1:]))  # type: ignore[no-any-return]
+        flat = self.emit(context).reshape(len(context), self.rows, self.columns * math.prod(self.grid))
+        return flat[..., : self.shape[-1]].reshape(len(context), *self.shape)  # type: ignore[no-any-return]
 
 
 HEADS: dict[str, type[ScaleHead]] = {"grid": GridHead, "coefficient": CoefficientHead}

@@ -161,9 +161,9 @@ class Subset(nn.Module):
         """The posterior of layer ``m`` under the context that flows into it."""
         layer, missing = self.layers[m], None
         if evidence.target is not None and self.scales[m] == self.scale:
-            said = self.head(resample(context, layer.grid))
+            said = self._checked(self.head.read(resample(context, layer.grid)))
             with full_precision(said.device):
-                picture = self.head.decomp.to_grid(self.scale, evidence.target - widen(said))
+                picture = self.head.decomp.to_grid(self.scale, evidence.target - said)
             missing = resample(picture.to(context.dtype), layer.grid)
         return layer.guess(context, evidence.activations[m], missing)
 
@@ -200,11 +200,14 @@ class Subset(nn.Module):
             zs.append(step.z)
             raws.append(step.raw)
             posteriors.append(step.posterior)
-        band = self.head(context)
+        band = self.centre + self.unit * self._checked(self.head(context))
+        return SubsetPass(context, band, zs, raws, posteriors, contexts)
+
+    def _checked(self, band: Tensor) -> Tensor:
+        """What a head gives, which may be a user's, in float32 at least."""
         if band.shape[1:] != self.centre.shape:
             raise ValueError(
                 f"{type(self.head).__name__} must give (B, {', '.join(map(str, self.centre.shape))}) "
                 f"at scale {self.scale}, got {tuple(band.shape)}"
             )
-        band = self.centre + self.unit * widen(band)
-        return SubsetPass(context, band, zs, raws, posteriors, contexts)
+        return widen(band)

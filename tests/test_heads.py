@@ -59,6 +59,23 @@ def test_heads_emit_float32_under_autocast(name: str) -> None:
     assert {h.dtype for h in result.bands} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_reading_is_what_is_left_without_blocks(make: Make, name: str) -> None:
+    decomp = make()
+    s = decomp.band_scales[-1]
+    head = HEADS[name](decomp, s, width=6, bottleneck=4, blocks=2, gain=0.5)
+    a, b = torch.randn(2, 3, 6, *decomp.grid(s))
+    # Linear in the context, and the head itself where blocks do nothing.
+    torch.testing.assert_close(
+        head.read(a) + 2 * head.read(b), head.read(a + 2 * b) + 2 * head.read(torch.zeros_like(a))
+    )
+    for name, parameter in head.blocks.named_parameters():
+        if name.endswith("leave.weight"):
+            torch.nn.init.zeros_(parameter)
+    torch.testing.assert_close(head(a), head.read(a))
+
+
 class ConstantHead(ScaleHead):
     """A user's own head: one learned band, whatever the context."""
 

@@ -368,7 +368,7 @@ def test_residual_branches_start_at_one_over_root_depth() -> None:
 
 @pytest.mark.parametrize("make", OWN.values(), ids=OWN)
 def test_posteriors_see_what_is_left_to_say(make: Make) -> None:
-    """The target band in its unit, less what the head would make of the context; a picture of it."""
+    """The target band in its unit, less what the head reads in the context; a picture of it."""
     model = tiny(make()).double()
     x = signal(model.decomp)
     for i, subset in enumerate(model.subsets):
@@ -387,7 +387,7 @@ def test_posteriors_see_what_is_left_to_say(make: Make) -> None:
         assert len(looked[i]) == len(contexts)
         for picture, context in zip(looked[i], contexts, strict=True):
             context = resample(context, decomp.grid(s))
-            left = target - (i + 1) * subset.head(context)
+            left = target - (i + 1) * subset.head.read(context)
             expected = resample(decomp.to_grid(s, left), decomp.grid(s)) / (i + 1)
             torch.testing.assert_close(picture, expected)
 
