@@ -51,7 +51,7 @@ def test_wavelets_multiply_exactly(user: None) -> None:
     with full_precision(CPU):
         exact = float32_settings()
     decomp = Wavelet2(8, "db4", channels=1)
-    with Products():
+    with Products():  # type: ignore[no-untyped-call]
         decomp.synthesis(decomp.analysis(torch.ones(1, 1, 8, 8)))
     assert set(seen) == {exact}
 
