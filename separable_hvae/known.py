@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.checks import came_as, check_callable, check_generator, check_instance
+from separable_hvae.checks import came_as, check_callable, check_generator, check_instance, check_number
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
-from separable_hvae.noise import GaussianNoise
 from separable_hvae.prior import mean_bands, standard
 from separable_hvae.signals import check_finite, full_precision
 
@@ -44,7 +43,7 @@ class KnownBands(DataTerm):
     def __init__(
         self, bands: Sequence[Tensor | None], masks: Sequence[Tensor | None] | None = None, sigma: float = 0.0
     ) -> None:
-        self.noise = GaussianNoise(sigma)
+        self.sigma = check_number("sigma", sigma, "at least 0 and finite")
         for name, part in {"bands": bands, "masks": () if masks is None else masks}.items():
             if not isinstance(part, Sequence):
                 raise TypeError(f"{name} must be a sequence of tensors and None, got {type(part).__name__}")
@@ -77,7 +76,7 @@ class KnownBands(DataTerm):
     @override
     def rows(self, rows: slice | Tensor) -> "KnownBands":
         bands, masks = ([None if t is None else t[rows] for t in part] for part in (self.bands, self.masks))
-        return KnownBands(bands, masks, self.noise.sigma)
+        return KnownBands(bands, masks, self.sigma)
 
     @override
     def guess(self, model: HVAE) -> Tensor:
@@ -89,7 +88,7 @@ class KnownBands(DataTerm):
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
         bands, masks = self._read(model)
-        variance = self.noise.sigma**2 + float(model.sigma.detach()) ** 2
+        variance = self.sigma**2 + float(model.sigma.detach()) ** 2
         known = tuple(i for i, band in enumerate(self.bands) if band is not None)
         misfit = KnownMisfit(model.decomp.band_scales, known, variance)
 
@@ -119,7 +118,7 @@ class KnownBands(DataTerm):
         if len(model.decomp.check_signal(x)) != len(self):
             raise ValueError(f"x must hold {len(self)} signals, as many as are known, got {len(x)}")
         bands, masks = self._read(model)
-        own, other = float(model.sigma.detach()) ** 2, self.noise.sigma**2
+        own, other = float(model.sigma.detach()) ** 2, self.sigma**2
         share = own / (own + other)
         with full_precision(x.device):
             found = []

@@ -27,7 +27,7 @@ from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.kept import Kept, kept_by
-from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise
+from separable_hvae.noise import GaussianNoise, Noise
 from separable_hvae.operators import Map, Operator, condition, real
 from separable_hvae.physics import Physics, noise_of
 from separable_hvae.prior import covariance, draw, mean_bands, standard, white
@@ -51,7 +51,8 @@ class Measurement(DataTerm):
         operator: A callable ``(x, *given) -> y`` on signals ``(B, C, *size)``, or an object with methods ``A``
             and perhaps ``A_adjoint``, such as a deepinv physics.
         noise: A :class:`Noise`, or the standard deviation of Gaussian noise (of real and imaginary part
-            alike; 0 for none). ``None`` reads the ``noise_model`` of a deepinv physics.
+            alike; 0 for none; a tensor that broadcasts to y where samples or entries differ). ``None`` reads
+            the ``noise_model`` of a deepinv physics.
         adjoint: A callable ``(y, *given) -> x``; ``None`` takes the physics' own, or autograd's.
         given: Tensors, batch first, that the operator takes besides signals: masks, coil sensitivities.
         linear: Whether the operator is linear up to an offset.
@@ -69,7 +70,7 @@ class Measurement(DataTerm):
         self,
         y: Tensor,
         operator: Map | Physics,
-        noise: Noise | float | None = None,
+        noise: Noise | Tensor | float | None = None,
         *,
         adjoint: Map | None = None,
         given: Sequence[Tensor] = (),
@@ -105,15 +106,15 @@ class Measurement(DataTerm):
             raise ValueError("start must be given where the operator is not linear: the encoder has to see signals")
         if fill not in list(FILLS):
             raise ValueError(f"fill must be one of {sorted(FILLS)}, got {fill!r}")
-        if not isinstance(noise, Noise) and not is_number(noise):
+        if not isinstance(noise, (Noise, Tensor)) and not is_number(noise):
             raise TypeError(f"noise must be a Noise or a standard deviation, got {noise!r}")
         self.noise = noise if isinstance(noise, Noise) else GaussianNoise(noise)
         self.noise.check(y)
-        if not linear and self.noise in (GaussianNoise(0.0), LaplaceNoise(0.0)):
-            raise ValueError("noise must have a positive standard deviation where the operator is not linear, got 0")
         self.y, self.given, self.linear, self.start = y.detach(), tuple(given), linear, start
         self.fill: Fill = fill
         self.operator = Operator(operator, adjoint, stacked)
+        if not linear and not bool((self._variance(self.y) > 0).all()):
+            raise ValueError("noise must have a positive standard deviation where the operator is not linear, got 0")
 
     @override
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ class Measurement(DataTerm):
         return Measurement(
             self.y[rows],
             self.operator.forward,
-            self.noise,
+            self.noise.rows(rows),
             adjoint=self.operator.adjoint,
             given=[t[rows] for t in self.given],
             linear=self.linear,

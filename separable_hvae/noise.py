@@ -10,13 +10,15 @@ yet. Complex numbers count as two real ones, each with variance v.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from separable_hvae.checks import check_number
+from separable_hvae.kept import kept_by
 from separable_hvae.signals import check_finite
 
 _FEWEST_COUNTS = 0.1
@@ -43,51 +45,80 @@ class Noise(ABC):
         """Raise a ``ValueError``, or a ``TypeError`` for their dtype, where measurements are impossible."""
         check_finite("y", y)
 
+    def rows(self, rows: slice | Tensor) -> Self:
+        """The noise of some samples, see :meth:`DataTerm.rows`: itself, unless it keeps something of each sample."""
+        return self
+
 
 @dataclass(frozen=True)
-class GaussianNoise(Noise):
-    """White Gaussian noise.
+class WhiteNoise(Noise):
+    """Noise that is independent from entry to entry, of a known standard deviation.
 
     Args:
         sigma: Standard deviation in the measurements' units, of real and imaginary part alike; 0 for
-            measurements without noise.
+            measurements without noise. A number for all, or a tensor with as many axes as y, each of y's
+            length or 1, where samples or entries differ.
+
+    Raises:
+        TypeError: If it is neither a number nor a real floating-point tensor.
+        ValueError: If it is negative or not finite.
     """
 
-    sigma: float
+    sigma: float | Tensor = field(compare=False)
+    _identity: object = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma", check_number("sigma", self.sigma, "at least 0 and finite"))
-
-    @override
-    def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
-        return ((predicted - y).square() / (2 * (self.sigma**2 + spread))).flatten(1).sum(1)
+        sigma = self.sigma
+        if isinstance(sigma, Tensor) and sigma.ndim:
+            if not sigma.is_floating_point():
+                raise TypeError(f"sigma must be a number or a real floating-point tensor, got {sigma.dtype}")
+            if not bool(((sigma >= 0) & sigma.isfinite()).all()):
+                low, high = map(float, sigma.aminmax())
+                raise ValueError(f"sigma must be at least 0 and finite, got values from {low:g} to {high:g}")
+            sigma = sigma.detach()
+        else:
+            number = sigma.item() if isinstance(sigma, Tensor) else sigma
+            sigma = check_number("sigma", number, "at least 0 and finite")
+        object.__setattr__(self, "sigma", sigma)
+        object.__setattr__(self, "_identity", kept_by(sigma) or sigma)
 
     @override
     def variance(self, y: Tensor) -> Tensor:
-        return y.new_tensor(self.sigma**2)
+        if not isinstance(self.sigma, Tensor):
+            return y.new_full((), self.sigma**2)
+        sigma = self.sigma.to(y)
+        # Complex measurements have real and imaginary part on a last axis, with one level for both.
+        return (sigma if sigma.ndim == y.ndim else sigma[..., None]).square()
+
+    @override
+    def check(self, y: Tensor) -> None:
+        super().check(y)
+        shape = tuple(self.sigma.shape) if isinstance(self.sigma, Tensor) else (1,) * y.ndim
+        if len(shape) != y.ndim or any(n not in (1, m) for n, m in zip(shape, y.shape, strict=True)):
+            raise ValueError(
+                f"sigma must be a number or have as many axes as y, {tuple(y.shape)}, each of y's length or 1, "
+                f"got {shape}"
+            )
+
+    @override
+    def rows(self, rows: slice | Tensor) -> Self:
+        return type(self)(self.sigma[rows]) if isinstance(self.sigma, Tensor) and len(self.sigma) > 1 else self
 
 
-@dataclass(frozen=True)
-class LaplaceNoise(Noise):
-    """Laplace noise, whose heavier tails forgive outliers.
-
-    Args:
-        sigma: Standard deviation (√2 times the scale parameter) in the measurements' units, of real and
-            imaginary part alike.
-    """
-
-    sigma: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma", check_number("sigma", self.sigma, "at least 0 and finite"))
+class GaussianNoise(WhiteNoise):
+    """White Gaussian noise of standard deviation ``sigma``, see :class:`WhiteNoise`."""
 
     @override
     def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
-        return (math.sqrt(2) * (predicted - y).abs() / (self.sigma**2 + spread).sqrt()).flatten(1).sum(1)
+        return ((predicted - y).square() / (2 * (self.variance(y) + spread))).flatten(1).sum(1)
+
+
+class LaplaceNoise(WhiteNoise):
+    """Laplace noise of standard deviation ``sigma``, √2 times its scale; heavier tails forgive outliers."""
 
     @override
-    def variance(self, y: Tensor) -> Tensor:
-        return y.new_tensor(self.sigma**2)
+    def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
+        return (math.sqrt(2) * (predicted - y).abs() / (self.variance(y) + spread).sqrt()).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)

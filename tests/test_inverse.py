@@ -17,6 +17,7 @@ from separable_hvae import (
     HVAE,
     FFT1Real,
     FFT2Complex,
+    GaussianNoise,
     Identity,
     KnownBands,
     LaplaceNoise,
@@ -43,15 +44,16 @@ DECOMPOSITIONS: dict[str, Make] = {
 }
 
 
-def optimum(model: HVAE, a: Array, y: Array, variance: float) -> Array:
-    """The MAP latents given ``y = A x + noise`` of this variance, for each row of y."""
+def optimum(model: HVAE, a: Array, y: Array, variance: float | Array) -> Array:
+    """The MAP latents given ``y = A x + noise`` of this variance, one or that of each entry, for each row of y."""
     algebra = ClosedForm(model)
     parts = [Affine(b @ h.matrix, b @ h.offset) for b, h in zip(algebra.synthesis, algebra.bands, strict=True)]
     x = Affine(np.sum([p.matrix for p in parts], 0), np.sum([p.offset for p in parts], 0))
     measured = Affine(a @ x.matrix, a @ x.offset)
     found = []
-    for row in y:
-        rows = stacked([*algebra.priors, measured.minus(row).scaled(variance**-0.5)])
+    for row, scale in zip(y, np.broadcast_to(variance, y.shape) ** -0.5, strict=True):
+        misfit = measured.minus(row)
+        rows = stacked([*algebra.priors, Affine(scale[:, None] * misfit.matrix, scale * misfit.offset)])
         found.append(algebra.solve(rows, np.zeros(algebra.numel), range(len(algebra.layers))))
     return np.stack(found)
 
@@ -77,6 +79,51 @@ def test_measurements_lead_to_the_closed_form(make: Make) -> None:
     assert not result.refused.any()
     wanted = optimum(model, a.numpy(), y.numpy(), 0.2**2 + float(model.sigma) ** 2)
     np.testing.assert_allclose(flat(result.latents), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1,)], ids=["of samples and entries", "of entries"])
+def test_levels_of_noise_lead_to_the_closed_form(axes: tuple[int, ...]) -> None:
+    model = linear_gaussian(FFT1Real(6))
+    a = orthonormal_rows(3, 6)
+    y = 2 * signal(model.decomp).flatten(1) @ a.T
+    sigma = 0.05 + torch.rand([n if d in axes else 1 for d, n in enumerate(y.shape)], dtype=torch.float64)
+    term = Measurement(y, lambda x: x.flatten(1) @ a.T, sigma)
+    found = MAPRefiner(80, schedule="joint", rule="gauss-newton", batch_size=2)(model, term)
+    wanted = optimum(model, a.numpy(), y.numpy(), sigma.square().numpy() + float(model.sigma) ** 2)
+    np.testing.assert_allclose(flat(found.latents), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 4), (1, 1, 4, 1)], ids=str)
+def test_equal_levels_of_noise_are_one_level(shape: tuple[int, ...]) -> None:
+    model = small(FFT2Complex(4))
+    y = signal(model.decomp, 3, torch.float32)
+    terms = [
+        Measurement(y, lambda x: x, kind(s))
+        for kind in (GaussianNoise, LaplaceNoise)
+        for s in (0.3, torch.full(shape, 0.3))
+    ]
+    refiner = MAPRefiner(1, schedule="joint", sample=True)
+    for one, map_ in zip(terms[::2], terms[1::2], strict=True):
+        torch.testing.assert_close(one.guess(model), map_.guess(model))
+        drawn = [posterior_draws(model, t, refiner, 2, torch.Generator().manual_seed(0)) for t in (one, map_)]
+        torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-4, atol=1e-4)
+
+
+def test_levels_of_noise_are_checked() -> None:
+    y = torch.ones(2, 3)
+    assert Measurement(y, torch.square, torch.tensor(0.5)).noise == GaussianNoise(0.5)
+    wrong: list[tuple[Tensor, type[Exception], str]] = [
+        (torch.ones(3), ValueError, r"as many axes as y, \(2, 3\), each of y's length or 1, got \(3,\)"),
+        (torch.ones(2, 2), ValueError, r"got \(2, 2\)"),
+        (torch.tensor([[1.0], [-1.0]]), ValueError, "at least 0 and finite, got values from -1 to 1"),
+        (torch.tensor([[1.0], [torch.inf]]), ValueError, "at least 0 and finite, got values from 1 to inf"),
+        (torch.ones(2, 3, dtype=torch.int64), TypeError, "real floating-point tensor, got torch.int64"),
+    ]
+    for sigma, error, message in wrong:
+        with pytest.raises(error, match=message):
+            Measurement(y, torch.square, sigma)
+    with pytest.raises(ValueError, match="positive standard deviation where the operator is not linear"):
+        Measurement(y, torch.square, torch.tensor([[1.0], [0.0]]), linear=False, start=y)
 
 
 def test_known_bands_lead_to_the_closed_form() -> None:
