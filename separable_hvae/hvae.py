@@ -217,6 +217,11 @@ class HVAE(Pretrained, nn.Module):
         """The real dtype of everything outside the networks: float32, or float64 in a float64 model."""
         return torch.float64 if self.start.dtype == torch.float64 else torch.float32
 
+    def require_autograd(self) -> None:
+        """Raise a ``ValueError`` if tensors of the model are of inference mode, which autograd cannot use."""
+        if any(t.is_inference() for t in [*self.parameters(), *self.buffers()]):
+            raise ValueError("model must be built outside torch.inference_mode to be trained, calibrated or refined")
+
     @property
     def sigma(self) -> Tensor:
         """Standard deviation of the likelihood, in the data's units: a scalar."""
@@ -410,7 +415,11 @@ class HVAE(Pretrained, nn.Module):
         """Standardise bands by their mean and deviation over ``data``, signals or batches of them.
 
         Warns if ``sigma`` is so far above the data's own deviation that there is nothing to learn.
+
+        Raises:
+            ValueError: If the model was built under ``torch.inference_mode``.
         """
+        self.require_autograd()
         *bands, signals = moments_of(data, self.decomp, self.start.device)
         self._standardise(bands)
         self.calibrated.fill_(_WARM_UP_BATCHES)

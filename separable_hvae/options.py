@@ -121,11 +121,9 @@ class Options:
         assert isinstance(model, HVAE)
         if self.heldout is not None:
             check_finite("heldout", model.decomp.check_signal(self.heldout, "heldout"))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
+        if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model must have parameters to train, got none that requires a gradient")
-        if any(p.is_inference() for p in trained):
-            raise ValueError("model must be built outside torch.inference_mode to be trained")
+        model.require_autograd()
 
     @property
     def file(self) -> Path | None:

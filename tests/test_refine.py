@@ -1,10 +1,13 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import combinations, product
-from typing import Any
+from threading import Barrier, Event
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ from separable_hvae.refine import (
     Whole,
 )
 from separable_hvae.refine.run import Run
+from separable_hvae.signals import float32, float32_settings, full_precision
 from tests.linear_gaussian import Array, ClosedForm, flat, linear_gaussian
 from tests.test_hvae import layer_passes, seeded, tiny
 from tests.test_linear_gaussian import ORTHONORMAL
@@ -868,3 +872,66 @@ def test_bad_calls(
 def test_the_model_must_be_one() -> None:
     with pytest.raises(TypeError, match="model must be an HVAE, got Linear"):
         MAPRefiner()(torch.nn.Linear(1, 1), torch.zeros(1, 1))  # type: ignore[arg-type]
+
+
+def test_models_of_inference_mode_are_refused_at_the_start() -> None:
+    with torch.inference_mode():
+        model = few()
+    for use in (partial(MAPRefiner(1), model), model.calibrate):
+        with pytest.raises(ValueError, match=r"model must be built outside torch\.inference_mode to be .* refined"):
+            use(signal(model.decomp))
+
+
+def test_threads_that_refine_one_model_leave_its_modes() -> None:
+    """The first to come finds the model training, and leaves while the second is still at work."""
+    model = few().train()
+    x = signal(model.decomp).double()
+    inside, left = Barrier(2), Event()
+
+    def first(_: Iterate) -> None:
+        inside.wait(10)
+
+    def second(_: Iterate) -> None:
+        inside.wait(10)
+        assert left.wait(10)
+        assert not any(p.requires_grad for p in model.parameters())
+
+    with ThreadPoolExecutor(2) as pool:
+        refiner = MAPRefiner({1: 0, 4: 1}, schedule="scale")
+        early, late = (pool.submit(refiner, model, x, callback=callback) for callback in (first, second))
+        early.result()
+        left.set()
+        late.result()
+    assert all(module.training for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_precision_of_the_steps_is_none_of_starts_and_results() -> None:
+    """The caller's autocast is left out of them then, and concerns everything where no precision is given."""
+    model = tiny(FFT1Real(4, scales=[1, 4]), seed=0, sigma=SIGMA)
+    x = signal(model.decomp)
+    full = MAPRefiner(0)(model, x).reconstruction
+    with torch.autocast("cpu", torch.bfloat16):
+        own = MAPRefiner(0, precision="bfloat16")(model, x).reconstruction
+        callers = MAPRefiner(0)(model, x).reconstruction
+    assert torch.equal(own, full)
+    assert not torch.equal(callers, full)
+
+
+def test_tf32_is_for_steps_alone() -> None:
+    """What is set for CUDA while something runs, on a device that pretends."""
+    given, cuda = float32_settings(), torch.device("cuda")
+    seen: dict[str, Any] = {}
+    refiner, model = MAPRefiner(1, precision="tf32"), SimpleNamespace(start=SimpleNamespace(device=cuda))
+    with refiner._full(cast(HVAE, model)):
+        seen["start"] = float32_settings()
+        with refiner._lowered(cast(HVAE, model)):
+            seen["step"] = float32_settings()
+        seen["result"] = float32_settings()
+    assert float32_settings() == given
+    with full_precision(cuda), float32(cuda, "conv"):
+        exact = float32_settings()
+        with float32(cuda, "conv", tf32=True):
+            fast = float32_settings()
+    assert seen == {"start": exact, "step": fast, "result": exact}
+    assert exact != fast

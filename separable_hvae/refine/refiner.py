@@ -8,10 +8,12 @@ A refiner is one small step; the loop around it is the same for all:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import fields, replace
-from typing import Any, Literal, cast, final
+from functools import partial
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 from separable_hvae.checks import check_callable, check_flag, check_generator, check_integer, check_number
 from separable_hvae.data_terms import DataTerm, Loss, Signal, check_loss
 from separable_hvae.hvae import HVAE, Result
+from separable_hvae.kept import Kept, kept_by
 from separable_hvae.objective import ByScale, by_scale
 from separable_hvae.refine.chunk import Chunk, Job, Reached, Watch
 from separable_hvae.refine.compiled import Compiled
@@ -29,10 +32,11 @@ from separable_hvae.refine.history import Iterate, Recorder, Row
 from separable_hvae.refine.named import named
 from separable_hvae.refine.pieces import Call
 from separable_hvae.refine.problem import Problem
-from separable_hvae.refine.rules import Rule
 from separable_hvae.refine.run import Init, Run
 from separable_hvae.refine.schedules import SCHEDULES, Schedule
 from separable_hvae.refine.stopping import Clock, Stopping
+from separable_hvae.shared import shared
+from separable_hvae.signals import float32, full_precision
 
 Precision = Literal["bfloat16", "tf32"]
 EXECUTIONS: dict[str, type[Execution]] = {"eager": Eager, "compiled": Compiled, "cuda-graphs": CudaGraphs}
@@ -55,8 +59,9 @@ class Refiner(ABC):
         budget: Seconds that a call may take: fewer steps, shared among the problems, if they do not fit.
         batch_size: Samples at a time, to bound the memory; ``None`` takes all at once.
         execution: ``"eager"``, ``"compiled"``, ``"cuda-graphs"``, or an :class:`Execution`.
-        precision: ``"bfloat16"`` or ``"tf32"`` runs the gradients in less than float32; ``history.rounding``
-            says what that does to the objective. Starts and results are computed in full.
+        precision: ``"bfloat16"`` or ``"tf32"`` runs the steps in less than float32, and starts and results in
+            full; ``history.rounding`` says what that does to the objective. ``None`` leaves networks to
+            PyTorch's own settings all the way: autocast, and TF32, which its convolutions use by default.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -150,7 +155,7 @@ class Refiner(ABC):
         clock = Clock(self.budget, model.start.device)
         recorder, results = Recorder(), []
         size = self.batch_size or max(1, len(term))
-        with _evaluation(model):
+        with _evaluation(model), self._full(model):
             for first in range(0, max(1, len(term)), size):
                 here = slice(first, first + size)
                 clock.share(min(size, len(term) - first), len(term) - first)
@@ -183,9 +188,15 @@ class Refiner(ABC):
         if looks or self.sample or not chunk.term.pure:
             return infer(tensors)
         start = chunk.init if isinstance(chunk.init, str) else "given"
-        key = (_settings(self), job.dtype, job.guidance, tuple(job.steps.values()), chunk.term.misfit, start)
+        key = (self._settings(), job.dtype, job.guidance, tuple(job.steps.values()), chunk.term.misfit, start)
         reached: Reached = self.execution.inference(key, job.model, infer, tensors)
         return reached
+
+    def _settings(self) -> Kept:
+        """All settings, as a key; where it starts and how it runs aside."""
+        bare = copy(self)
+        bare.init, bare.execution = "posterior", Eager()
+        return kept_by(bare)
 
     def _loop(self, run: Run, watch: Watch) -> list[Row]:
         """Solve the problems of the schedule, one after the other."""
@@ -215,12 +226,23 @@ class Refiner(ABC):
             raise ValueError(f"loss is for signals: a data term has its own, got {self.loss!r} beside a data term")
         return x
 
-    def _lowered(self, model: HVAE) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _full(self, model: HVAE) -> Iterator[None]:
+        """Where a precision of the steps is given, everything else is computed in full."""
+        device = model.start.device
+        if self.precision == "tf32" and device.type != "cuda":
+            raise ValueError(f"precision 'tf32' needs a CUDA device, got {device}")
         if self.precision is None:
-            return nullcontext()
+            yield
+        else:
+            with full_precision(device), float32(device, "conv"):
+                yield
+
+    def _lowered(self, model: HVAE) -> AbstractContextManager[Any]:
+        device = model.start.device
         if self.precision == "bfloat16":
-            return torch.autocast(model.start.device.type, dtype=torch.bfloat16)
-        return _tf32(model.start.device)
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return float32(device, "conv", tf32=True) if self.precision == "tf32" else nullcontext()
 
     def _rounding(self, run: Run) -> Tensor | None:
         """What the reduced precision does to the objective at the start, relative to it: ``(B,)``."""
@@ -244,34 +266,28 @@ def _moved(refiner: Refiner, problem: Problem, state: Any) -> tuple[list[Tensor]
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def _evaluation(model: HVAE) -> Iterator[None]:
     """Evaluation mode with gradients of latents alone, whatever the caller's modes; each comes back."""
+    model.require_autograd()
+    once = shared(("evaluation", id(model)), partial(_frozen, model))
+    with once, torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
         for p in trained:
             p.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
         for p in trained:
             p.requires_grad_(True)
-
-
-@contextmanager
-def _tf32(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        raise ValueError(f"precision 'tf32' needs a CUDA device, got {device}")
-    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, convolutions.allow_tf32
-    matmul.allow_tf32 = convolutions.allow_tf32 = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, convolutions.allow_tf32 = before
 
 
 def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
@@ -295,17 +311,6 @@ def _joined(results: Sequence[Result]) -> Result:
         elif isinstance(parts[0], list):
             joined[name] = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     return Result(**joined)
-
-
-def _settings(value: Any) -> Hashable:
-    """All settings of a refiner, a rule or a schedule, as a key; where it starts and how it runs aside."""
-    if isinstance(value, Mapping):
-        return tuple((k, _settings(v)) for k, v in value.items() if k not in ("init", "execution"))
-    if isinstance(value, (list, tuple)):
-        return tuple(_settings(v) for v in value)
-    if isinstance(value, (Refiner, Rule, Schedule)):
-        return type(value), _settings(vars(value))
-    return cast(Hashable, value)
 
 
 def check_by_scale(name: str, value: ByScale) -> None:
