@@ -20,6 +20,7 @@ from typing_extensions import override
 from separable_hvae.checks import check_integer
 from separable_hvae.hvae import HVAE
 from separable_hvae.refine.pieces import Call, Outcome
+from separable_hvae.signals import float32_settings
 
 T = TypeVar("T")
 Gradient = tuple[list[Tensor], Outcome]
@@ -112,4 +113,4 @@ def signature(tensors: Sequence[Tensor]) -> Hashable:
 def precision() -> Hashable:
     """What a trace depends on beside its tensors."""
     kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    return (*kinds, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    return (*kinds, float32_settings())
