@@ -172,7 +172,7 @@ class Distance:
 
     loss: Loss
     sigma: float
-    kept: tuple[Kept, ...] = ()
+    kept: Kept = ()
 
     def __call__(self, h_hat: Tensor, h: Tensor) -> Tensor:
         """Measure, and check that a user's loss gives one number for each sample."""

@@ -1,71 +1,90 @@
-"""The tensors that a user's code keeps beside those it is given.
+"""What code of a user's depends on beside what it is given, as a key.
 
-What was compiled with them is of no use once one is exchanged or written.
+What was compiled or recorded is of no use once a tensor in reach was exchanged or written, or a number changed.
 """
 
-import functools
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from typing_extensions import override
 
-_DEPTH = 8
+Kept = tuple[Hashable, ...]
+
+_VALUES = (int, float, complex, str, bytes, NoneType)
 _MANY = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """A tensor as it was: equal only to the same one, unwritten since."""
+class _Same:
+    """A thing as it was: equal only to the same one and, if it is a tensor, unwritten since."""
 
-    tensor: Tensor
+    thing: object
     version: int
+
+    @classmethod
+    def now(cls, thing: object) -> "_Same":
+        return cls(thing, thing._version if isinstance(thing, Tensor) and not thing.is_inference() else 0)
 
     @override
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Kept) and self.tensor is other.tensor and self.version == other.version
+        return isinstance(other, _Same) and self.thing is other.thing and self.version == other.version
 
     @override
     def __hash__(self) -> int:
-        return hash((id(self.tensor), self.version))
+        return hash((id(self.thing), self.version))
 
 
-def kept_by(code: object) -> tuple[Kept, ...]:
-    """The tensors within reach of a callable: in closures, defaults, attributes and containers of up to 1,000."""
-    found: dict[int, Tensor] = {}
-    seen: set[int] = set()
-    level: list[Any] = [code]
-    for _ in range(_DEPTH):
-        level = [thing for thing in level if id(thing) not in seen]
-        seen.update(map(id, level))
-        found |= {id(thing): thing for thing in level if isinstance(thing, Tensor)}
-        level = [part for thing in level for part in _parts(thing)]
-    return tuple(Kept(t, -1 if t.is_inference() else t._version) for t in found.values())
+def kept_by(thing: object) -> Kept:
+    """All that is within reach of a callable or another object as it is now: with equal keys, it does the same.
+
+    Numbers and strings count by value, objects by their class and attributes, functions by their code and what
+    they close over, tensors by being the same, unwritten since. Not looked into are globals, classes, containers
+    of more than 1,000 things, and whatever shows no attributes: these count by being the same.
+    """
+    found: list[Hashable] = []
+    seen: dict[int, tuple[int, object]] = {}  # With the things: what is freed leaves its address to others.
+    left: list[Any] = [thing]
+    while left:
+        thing = left.pop()
+        if isinstance(thing, _VALUES):
+            found.append((type(thing), thing))
+        elif id(thing) in seen:
+            found.append(seen[id(thing)][0])
+        else:
+            seen[id(thing)] = len(seen), thing
+            mark, parts = _opened(thing)
+            found.append((type(thing), mark, len(parts)))
+            left.extend(reversed(parts))
+    return tuple(found)
 
 
-def _parts(thing: Any) -> Iterable[Any]:
-    """What a thing consists of, where it may hold tensors."""
-    if isinstance(thing, (Tensor, type, ModuleType, str)):
-        return ()
-    if isinstance(thing, Mapping):
-        return thing.values() if len(thing) <= _MANY else ()
-    if isinstance(thing, (list, tuple, set, frozenset)):
-        return thing if len(thing) <= _MANY else ()
-    if isinstance(thing, functools.partial):
-        return thing.func, thing.args, thing.keywords
+def _opened(thing: Any) -> tuple[Hashable, Sequence[Any]]:
+    """What tells a thing from others of its type, and what it consists of."""
+    if isinstance(thing, (list, tuple, set, frozenset, deque)) and len(thing) <= _MANY:
+        return None, tuple(thing)
+    if isinstance(thing, Mapping) and len(thing) <= _MANY:
+        return tuple(thing), tuple(thing.values())
+    if isinstance(thing, np.ndarray):
+        return (str(thing.dtype), thing.shape, thing.tobytes()), ()
+    if isinstance(thing, CellType):
+        try:
+            return None, (thing.cell_contents,)
+        except ValueError:
+            return None, ()
     if isinstance(thing, MethodType):
-        return thing.__self__, thing.__func__
+        return None, (thing.__self__, thing.__func__)
+    if isinstance(thing, (Tensor, type, ModuleType)):
+        return _Same.now(thing), ()
+    # Without a user's own way of pickling, which may leave things out or refuse.
+    attributes = object.__getstate__(thing)
     if isinstance(thing, FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or () if not _is_empty(cell)]
-        return cells, thing.__defaults__, thing.__kwdefaults__
-    return (getattr(thing, "__dict__", None),)
-
-
-def _is_empty(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
+        return thing.__code__, (thing.__closure__, thing.__defaults__, thing.__kwdefaults__, attributes)
+    if isinstance(thing, partial):
+        return None, (thing.func, thing.args, thing.keywords, attributes)
+    return (_Same.now(thing), ()) if attributes is None else (None, (attributes,))

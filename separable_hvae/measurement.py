@@ -261,7 +261,7 @@ class MeasurementMisfit(Misfit):
     decomp: Decomposition
     operator: Operator
     noise: Noise
-    kept: tuple[Kept, ...] = ()
+    kept: Kept = ()
 
     @override
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:

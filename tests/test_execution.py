@@ -156,6 +156,27 @@ def test_a_loss_whose_tensors_have_changed_is_traced_anew(monkeypatch: pytest.Mo
         assert len(execution._compiled) == count
 
 
+class Huber:
+    """A loss with settings of its own."""
+
+    def __init__(self) -> None:
+        self.weight = 1.0
+
+    def loss(self, h_hat: Tensor, h: Tensor) -> Tensor:
+        return self.weight * nn.functional.huber_loss(h_hat, h, reduction="none").flatten(1).sum(1)
+
+
+def test_a_loss_whose_settings_have_changed_is_traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_: graph)
+    model, execution, own = tiny(FFT1Real(4, scales=[1, 4]), sigma=0.3), Compiled(), Huber()
+    x = signal(model.decomp, 3, dtype=torch.float32)
+    traced, plain = (MAPRefiner(3, 0.05, loss=own.loss, execution=e) for e in (execution, "eager"))
+    for weight, count in ((1.0, 2), (50.0, 4), (1.0, 4)):
+        own.weight = weight
+        assert_same(traced(model, x), plain(model, x), 1e-5)
+        assert len(execution._compiled) == count
+
+
 def test_what_looks_at_values_cannot_be_compiled() -> None:
     def two_faced(h_hat: Tensor, h: Tensor) -> Tensor:
         error = (h_hat - h).square().flatten(1).sum(1)

@@ -27,7 +27,8 @@ class Compiled(Threaded):
 
     Pays most for small layers and small batches, where launching operations costs more than they do.
     A loss or operator of your own must not depend on tensors' values by Python's ``if``, nor on globals that
-    change: what differs from call to call belongs into ``given``, or into the object whose method it is.
+    change. Where what it closes over or its object holds has changed, pieces are compiled anew: tensors that
+    differ from call to call belong into ``given``.
 
     Args:
         threads: Threads that share the pieces of a step on a CPU, see :class:`Eager`. Compiled pieces do not
