@@ -128,8 +128,7 @@ class StochasticLayer(nn.Module):
         self.latent_channels = latent_channels
         self.prior = Bottleneck(width, hidden, width + 2 * latent_channels, grid, gain=0.0)
         self.posterior = Bottleneck(2 * width, hidden, 2 * latent_channels, grid, gain=gain)
-        self.look = conv(pictures, width, grid, gain=1.0) if pictures else None
-        self.reach = conv(pictures, latent_channels, grid, gain=1.0) if pictures else None
+        self.look = conv(pictures, width + latent_channels, grid, gain=gain) if pictures else None
         self.inject = conv(latent_channels, width, grid, pointwise=True, gain=gain)
         self.block = ResidualBlock(width, hidden, grid, gain=gain)
 
@@ -141,10 +140,11 @@ class StochasticLayer(nn.Module):
             evidence: The encoder's activation ``(B, width, *grid)``.
             missing: Picture of what is missing of the target band ``(B, pictures, *grid)``.
         """
-        if self.look is None or self.reach is None or missing is None:
+        if self.look is None or missing is None:
             return self._guess(context, evidence)
-        guess = self._guess(context, evidence + self.look(missing))
-        return replace(guess, mean=guess.mean + self.reach(missing))
+        seen = self.look(missing)
+        guess = self._guess(context, evidence + seen[:, self.latent_channels :])
+        return replace(guess, mean=guess.mean + seen[:, : self.latent_channels])
 
     def _guess(self, context: Tensor, evidence: Tensor) -> Gaussian:
         return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))

@@ -135,7 +135,7 @@ def test_what_is_missing_moves_the_mean_along_a_line() -> None:
     layer = StochasticLayer((4,), 6, 4, 1, gain=0.5, pictures=2)
     perturb(layer)
     assert layer.look is not None
-    torch.nn.init.zeros_(layer.look.weight)
+    torch.nn.init.zeros_(layer.look.weight[1:])  # What goes into the network.
     context, evidence, missing = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.randn(2, 2, 4)
     near, far, farther = (layer.guess(context, evidence, n * missing) for n in (0, 1, 100))
     torch.testing.assert_close(farther.mean - near.mean, 100 * (far.mean - near.mean), rtol=1e-4, atol=1e-4)
