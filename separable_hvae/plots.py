@@ -1,4 +1,4 @@
-"""Pictures of results: what each scale adds, how reconstructions compare, how refinement went.
+"""Pictures of results: what each scale adds, how reconstructions compare, how sure they are, how refinement went.
 
 Images are shown as they are, volumes by the three planes through their centre, and signals of one axis as
 curves over the original, pale behind them. Needs matplotlib (extra ``examples``). Every function returns a
@@ -6,6 +6,7 @@ figure and leaves global state alone.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from matplotlib.figure import Figure
 
+_ACROSS = 6  # Curves beside one another.
+_GAP = (0.12, 0.47, 0.71)  # What is missing, in red, green and blue.
+
 
 def progressive(decomp: Decomposition, bands: Sequence[Tensor], originals: Tensor) -> "Figure":
     """Partial sums of the bands, coarse to fine (the paper's Fig. 3).
@@ -35,7 +39,7 @@ def progressive(decomp: Decomposition, bands: Sequence[Tensor], originals: Tenso
 
     Args:
         decomp: The bound decomposition.
-        bands: Bands ``(B, *band_shape)``, coarse to fine.
+        bands: Bands ``(B, *band_shape)``, coarse to fine; finer ones may be missing.
         originals: Signals ``(B, C, *size)``, shown last; the range of images and volumes is black to white.
 
     Raises:
@@ -46,14 +50,13 @@ def progressive(decomp: Decomposition, bands: Sequence[Tensor], originals: Tenso
     check_instance("decomp", decomp, Decomposition)
     _check_signals("originals", originals)
     decomp.check_bands(bands)
-    if len(bands) != len(decomp.band_scales) or any(band is None for band in bands):
-        got = sum(band is not None for band in bands)
-        raise ValueError(f"bands must hold one tensor for each of the scales {decomp.band_scales}, got {got}")
+    if any(band is None for band in bands):
+        raise ValueError("bands must hold tensors alone, got None: finer ones are left out at the end")
     originals = originals.detach()
     sums = [decomp.synthesis(list(bands)[: i + 1]).detach() for i in range(len(bands))]
     _check_signals("the sum of bands", sums[-1])
     _check_alike("the sum of bands", sums[-1], originals)
-    shown = [(f"scale ≤ {s}", x) for s, x in zip(decomp.band_scales, sums, strict=True)]
+    shown = [(f"scale ≤ {s}", x) for s, x in zip(decomp.band_scales, sums, strict=False)]
     return _draw([*shown, ("original", originals)], [], originals)
 
 
@@ -65,7 +68,7 @@ def comparison(originals: Tensor, reconstructions: Mapping[str, Tensor]) -> "Fig
     Args:
         originals: Signals ``(B, C, *size)``; the range of images and volumes is black to white.
         reconstructions: Signals ``(B, C, *size)`` by name; the largest error of all is white, and all curves of
-            errors have one scale.
+            errors have one scale. NaN is what is missing: a gap in curves, blue in images.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -78,11 +81,45 @@ def comparison(originals: Tensor, reconstructions: Mapping[str, Tensor]) -> "Fig
     if not reconstructions:
         raise ValueError("reconstructions must hold at least one batch of signals, got none")
     for name, x in reconstructions.items():
-        _check_signals(f"reconstructions[{name!r}]", x)
+        _check_signals(f"reconstructions[{name!r}]", x, gaps=True)
         _check_alike(f"reconstructions[{name!r}]", x, originals)
     originals = originals.detach()
     shown = [(name, x.detach()) for name, x in reconstructions.items()]
-    return _draw([("original", originals), *shown], [(name, x - originals) for name, x in shown], originals)
+    kind = "error" if originals.ndim == 3 and not originals.is_complex() else "|error|"
+    errors = [(f"{name},\n{kind}", x - originals) for name, x in shown]
+    return _draw([("original", originals), *shown], errors, originals)
+
+
+def uncertainty(originals: Tensor, draws: Tensor) -> "Figure":
+    """Mean μ and standard deviation σ over draws, laid out as by :func:`progressive`; complex signals as magnitudes.
+
+    Curves show μ in a band of μ ± σ, images and volumes σ beside μ.
+
+    Args:
+        originals: Signals ``(B, C, *size)``; the range of images and volumes is black to white.
+        draws: Draws of each ``(n, B, C, *size)``, as :func:`posterior_draws` gives them.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If an argument has the wrong type.
+        ValueError: If signals have no or more than three axes, or there are not two draws of each at least.
+    """
+    _check_signals("originals", originals)
+    check_instance("draws", draws, Tensor)
+    if draws.ndim != originals.ndim + 1 or len(draws) < 2:
+        wanted = ", ".join(map(str, originals.shape))
+        raise ValueError(f"draws must have shape (n, {wanted}) with n at least 2, got {tuple(draws.shape)}")
+    for draw in draws:
+        _check_signals("draws", draw)
+        _check_alike("draws", draw, originals)
+    if originals.is_complex():
+        originals, draws = originals.abs(), draws.abs()
+    originals, draws = originals.detach(), draws.detach()
+    mean, deviation = draws.mean(0), draws.std(0)
+    if originals.ndim > 3:
+        return _gallery([("original", originals), ("μ", mean)], [("σ", deviation)], originals)
+    limits = _limits([originals, mean - deviation, mean + deviation])
+    return _curves([_Track("μ ± σ", mean, originals, limits, spread=deviation)], originals)
 
 
 def convergence(histories: Mapping[str, History]) -> "Figure":
@@ -141,33 +178,38 @@ _Named = Sequence[tuple[str, Tensor]]
 
 def _draw(values: _Named, errors: _Named, originals: Tensor) -> "Figure":
     """Draw values and errors of signals, as their number of axes asks for."""
-    return (_curves if originals.ndim == 3 else _gallery)(values, errors, originals)
+    if originals.ndim == 3:
+        return _curves(_tracks(values, errors, originals), originals)
+    return _gallery(values, errors, originals)
 
 
 def _gallery(values: _Named, errors: _Named, originals: Tensor) -> "Figure":
     """Images and volumes: names across, signals down."""
     low, high = _range(originals)
-    top = max((float(e.abs().max()) for _, e in errors), default=0.0)
-    zoom = f"|error| × {(high - low) / max(top, 1e-12):.0f}"
+    top = _top(errors)
+    zoom = (high - low) / max(top, 1e-12)
     columns = [(name, x, low, high) for name, x in values]
-    columns += [(f"{name},\n{zoom}", e.abs(), 0.0, top) for name, e in errors]
+    columns += [(f"{name} × {zoom:.0f}", e.abs(), 0.0, top) for name, e in errors]
     pictures = [[_picture(x, low, high) for x in signals] for _, signals, low, high in columns]
     height, width = pictures[0][0].shape[:2]
     # Volumes lie further apart than their planes.
     (across, down), pad = ((1.35, 1.35), None) if originals.ndim == 4 else ((2.2, 2.2 * height / width), 0.1)
-    figure = _figure(pad, figsize=(across * len(columns), down * len(originals) + 0.3))
+    titles = [_wrapped(title, across) for title, *_ in columns]
+    above = 0.15 * (1 + max(title.count("\n") for title in titles))
+    figure = _figure(pad, figsize=(across * len(columns), down * len(originals) + above))
     grid = figure.subplots(len(originals), len(columns), squeeze=False)
-    for j, (title, *_) in enumerate(columns):
+    for j, title in enumerate(titles):
         grid[0][j].set_title(title, fontsize=8)
         for i, picture in enumerate(pictures[j]):
-            grid[i][j].imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            shown = grid[i][j].imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            shown.set_cmap(shown.get_cmap().with_extremes(bad=_GAP))
             grid[i][j].set_axis_off()
     return figure
 
 
 @dataclass(frozen=True)
 class _Track:
-    """One row of curves: real signals ``(B, C, N)``, what lies pale behind them, and their range.
+    """One row of curves: real signals ``(B, C, N)``, what lies pale behind and around them, and their range.
 
     Phases are dots, since a line would join both sides of a jump by 2π.
     """
@@ -177,19 +219,27 @@ class _Track:
     behind: Tensor | None
     range: tuple[float, float]
     is_phase: bool = False
+    spread: Tensor | None = None
 
 
-def _curves(values: _Named, errors: _Named, originals: Tensor) -> "Figure":
-    """Signals of one axis: names down, signals across, channels below one another in a panel."""
-    tracks = _tracks(values, errors, originals)
+def _curves(tracks: Sequence[_Track], originals: Tensor) -> "Figure":
+    """Signals of one axis: names down, signals across, channels below one another in a panel.
+
+    Many signals continue below, all names again.
+    """
     batch, channels, points = originals.shape
-    heights = [(0.6 if track.is_phase else 1.0) * (1 + 0.3 * (channels - 1)) for track in tracks]
-    figure = _figure(figsize=(1 + max(5.0, 2.4 * batch), 0.9 * sum(heights) + 0.6))
-    grid = figure.subplots(len(tracks), batch, squeeze=False, sharex=True, sharey="row", height_ratios=heights)
-    for row, track in zip(grid, tracks, strict=True):
+    strips = math.ceil(batch / _ACROSS)
+    columns = math.ceil(batch / strips)
+    heights = [(0.6 if track.is_phase else 1.0) * (1 + 0.3 * (channels - 1)) for track in tracks] * strips
+    figure = _figure(figsize=(1 + max(5.0, 2.4 * columns), 0.9 * sum(heights) + 0.6))
+    grid = figure.subplots(len(heights), columns, squeeze=False, sharex=True, sharey="row", height_ratios=heights)
+    for number, row in enumerate(grid):
+        strip, place = divmod(number, len(tracks))
+        track, signals = tracks[place], range(batch)[strip * columns : (strip + 1) * columns]
         low, high = _widened(*track.range)
         down = torch.arange(channels, dtype=torch.float64) * (high - low)
-        label = track.label if channels == 1 else f"{track.label}\n{track.range[0]:.2g} to {track.range[1]:.2g}"
+        label = _wrapped(track.label, 1.35)
+        label += "" if channels == 1 else f"\n{track.range[0]:.2g} to {track.range[1]:.2g}"
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
         row[0].set_ylim(low - float(down[-1]), high)
         if channels > 1:
@@ -197,7 +247,13 @@ def _curves(values: _Named, errors: _Named, originals: Tensor) -> "Figure":
         elif track.is_phase:
             row[0].set_yticks([-math.pi, 0, math.pi], ["−π", "0", "π"])
         line = "." if track.is_phase else "-"
-        for i, axes in enumerate(row):
+        for axes in row[len(signals) :]:
+            axes.set_axis_off()
+        for i, axes in zip(signals, row, strict=False):
+            if track.spread is not None:
+                ends = (_numbers(track.signals[i] + sign * track.spread[i], down).T for sign in (-1, 1))
+                for below, above in zip(*ends, strict=True):
+                    axes.fill_between(range(points), below, above, color="C1", alpha=0.4, lw=0)
             if track.behind is not None:
                 axes.plot(_numbers(track.behind[i], down), line, color="C0", alpha=0.3, lw=3, ms=4)
             axes.plot(_numbers(track.signals[i], down), line, color="C0", lw=0.9, ms=1.5)
@@ -213,7 +269,7 @@ def _tracks(values: _Named, errors: _Named, originals: Tensor) -> list[_Track]:
     """Rows of curves: values, phases below complex ones, then errors, signed where they are real."""
     is_complex = originals.is_complex()
     amplitudes = [x.abs() if is_complex else x for _, x in values]
-    limits = min(float(a.min()) for a in amplitudes), max(float(a.max()) for a in amplitudes)
+    limits = _limits(amplitudes)
     quiet = 0.05 * float(originals.abs().max())
     tracks: list[_Track] = []
     for (name, x), amplitude in zip(values, amplitudes, strict=True):
@@ -223,12 +279,9 @@ def _tracks(values: _Named, errors: _Named, originals: Tensor) -> list[_Track]:
         if is_complex:
             pale = None if behind is None else _phase(behind, quiet)
             tracks.append(_Track("phase", _phase(x, quiet), pale, (-math.pi, math.pi), is_phase=True))
-    top = max((float(e.abs().max()) for _, e in errors), default=0.0)
+    top = _top(errors)
     for name, e in errors:
-        if is_complex:
-            tracks.append(_Track(f"{name},\n|error|", e.abs(), None, (0.0, top)))
-        else:
-            tracks.append(_Track(f"{name},\nerror", e, None, (-top, top)))
+        tracks.append(_Track(name, e.abs(), None, (0.0, top)) if is_complex else _Track(name, e, None, (-top, top)))
     return tracks
 
 
@@ -243,13 +296,30 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _check_signals(name: str, x: Tensor) -> None:
+def _limits(signals: Sequence[Tensor]) -> tuple[float, float]:
+    """Least and largest of real signals, gaps aside."""
+    numbers = torch.cat([x.flatten() for x in signals])
+    numbers = numbers[~numbers.isnan()]
+    return float(numbers.min()), float(numbers.max())
+
+
+def _top(errors: _Named) -> float:
+    """The largest magnitude, gaps aside."""
+    return max((float(e.abs().nan_to_num(0).max()) for _, e in errors), default=0.0)
+
+
+def _wrapped(name: str, inches: float) -> str:
+    """A name in small print, in lines of a width."""
+    return "\n".join(textwrap.fill(line, int(inches / 0.065)) for line in name.split("\n"))
+
+
+def _check_signals(name: str, x: Tensor, *, gaps: bool = False) -> None:
     check_instance(name, x, Tensor)
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(f"{name} must be real floating-point or complex, got {x.dtype}")
     if x.ndim not in (3, 4, 5) or not x.numel():
         raise ValueError(f"{name} must hold signals (B, C, *size) of one to three axes, got shape {tuple(x.shape)}")
-    check_finite(name, x)
+    check_finite(name, x[~x.isnan()] if gaps else x)
 
 
 def _check_alike(name: str, x: Tensor, originals: Tensor) -> None:
@@ -268,7 +338,9 @@ def _picture(signal: Tensor, low: float, high: float) -> Tensor:
     x = (signal.abs() if signal.is_complex() else signal).float().cpu()
     x = ((x - low) / max(high - low, 1e-12)).clamp(0, 1)
     x = _planes(x) if x.ndim == 4 else x
-    return torch.movedim(x, 0, -1) if len(x) == 3 else x.mean(0)
+    if len(x) != 3:
+        return x.mean(0)
+    return torch.movedim(torch.where(x.isnan().any(0), torch.tensor(_GAP)[:, None, None], x), 0, -1)
 
 
 def _planes(x: Tensor) -> Tensor:

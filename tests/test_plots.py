@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from separable_hvae import FFT1Complex, FFT2Complex, Identity, Wavelet1, Wavelet2, Wavelet3
-from separable_hvae.plots import comparison, convergence, progressive
+from separable_hvae.plots import comparison, convergence, progressive, uncertainty
 from separable_hvae.refine import History
 
 Numbers = npt.NDArray[np.float64]
@@ -136,6 +136,89 @@ def test_errors_of_complex_curves_are_magnitudes() -> None:
     rows = curves(comparison(x, {"turned": 1j * x}))
     ((error,),) = rows["turned,\n|error|"]
     np.testing.assert_allclose(error, math.sqrt(2) * x[0, 0].abs().numpy())
+
+
+def test_progressive_takes_the_bands_that_there_are() -> None:
+    decomp, x = Wavelet1(16, channels=1, scales=[4, 8, 16]), torch.randn(1, 1, 16)
+    assert list(curves(progressive(decomp, decomp.analysis(x)[:2], x))) == ["scale ≤ 4", "scale ≤ 8", "original"]
+
+
+def test_curves_stand_in_a_band_of_one_deviation() -> None:
+    x, draws = torch.randn(2, 1, 8, dtype=torch.float64), torch.randn(5, 2, 1, 8, dtype=torch.float64)
+    figure = uncertainty(x, draws)
+    mean, deviation = np.mean(draws.numpy(), 0)[:, 0], np.std(draws.numpy(), 0, ddof=1)[:, 0]
+    for axes, original, middle, away in zip(figure.axes, x[:, 0].numpy(), mean, deviation, strict=True):
+        behind, line = (np.asarray(line.get_ydata()) for line in axes.get_lines())
+        np.testing.assert_array_equal(behind, original)
+        np.testing.assert_allclose(line, middle)
+        ends: Any = axes.collections[0].get_paths()[0].vertices
+        for place in range(8):
+            heights = ends[ends[:, 0] == place, 1]
+            np.testing.assert_allclose([heights.min(), heights.max()], middle[place] + away[place] * np.array([-1, 1]))
+
+
+def test_deviations_of_images_stand_beside_means() -> None:
+    x, draws = torch.rand(1, 1, 4, 4), torch.rand(3, 1, 1, 4, 4)
+    ((_, mean, deviation),) = pixels(uncertainty(x, draws))
+    np.testing.assert_allclose(mean, ((draws.mean(0) - x.min()) / (x.max() - x.min())).clamp(0, 1)[0, 0], atol=1e-6)
+    expected = np.std(draws.numpy(), 0, ddof=1)[0, 0]
+    np.testing.assert_allclose(deviation, expected / expected.max(), atol=1e-6)
+
+
+def test_complex_draws_are_magnitudes() -> None:
+    x, draws = torch.randn(1, 1, 4, dtype=torch.complex128), torch.randn(3, 1, 1, 4, dtype=torch.complex128)
+    ((panel,),) = curves(uncertainty(x, draws)).values()
+    np.testing.assert_allclose(panel, [np.abs(x.numpy())[0, 0], np.abs(draws.numpy()).mean(0)[0, 0]])
+
+
+@pytest.mark.parametrize("size", [(8,), (4, 4), (2, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_what_is_missing_is_a_gap(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(1, 1, *size, dtype=dtype)
+    missing = torch.zeros(x.shape, dtype=torch.bool)
+    missing[..., 1] = True
+    figure = comparison(x, {"measured": torch.where(missing, torch.nan, x)})
+    figure.draw_without_rendering()
+    if len(size) == 1:
+        rows = curves(figure)
+        ((*_, shown),) = rows["measured"]
+        ((error,),) = rows[f"measured,\n{'|error|' if x.is_complex() else 'error'}"]
+        np.testing.assert_array_equal(np.isnan(shown), missing[0, 0].numpy())
+        np.testing.assert_array_equal(error, np.where(missing[0, 0].numpy(), np.nan, 0))
+    elif len(size) == 2:
+        ((whole, shown, _),) = pixels(figure)
+        np.testing.assert_array_equal(np.ma.getmaskarray(np.ma.masked_invalid(shown)), missing[0, 0].numpy())
+        np.testing.assert_array_equal(np.asarray(shown)[~missing[0, 0].numpy()], whole[~missing[0, 0].numpy()])
+
+
+def test_gaps_of_coloured_images_are_blue() -> None:
+    x = torch.rand(1, 3, 2, 2)
+    measured = x.clone()
+    measured[0, :, 0, 0] = torch.nan
+    ((_, shown, _),) = pixels(comparison(x, {"measured": measured}))
+    assert shown[0, 0].argmax() == 2
+    assert np.isfinite(shown).all()
+
+
+@pytest.mark.parametrize("size", [(8,), (4, 4)])
+def test_long_names_are_wrapped(size: tuple[int, ...]) -> None:
+    x, name = torch.rand(1, 1, *size), "the mean of many draws, refined and corrected, from the prior"
+    figure = comparison(x, {name: x, f"{name}s": x})
+    figure.set_layout_engine(None)
+    texts = [axes.get_title() or axes.get_ylabel() for axes in figure.axes]
+    assert all(len(line) <= 20 for text in texts for line in text.split("\n"))
+    assert " ".join(texts[1].split("\n")) == name
+
+
+def test_many_curves_go_on_below() -> None:
+    x = torch.randn(20, 1, 8, dtype=torch.float64)
+    rows = curves(uncertainty(x, torch.stack([x, x])))
+    panels = [panel for row in rows.values() for panel in row]
+    np.testing.assert_array_equal([panel[0] for panel in panels], x[:, 0].numpy())
+    figure = comparison(x[:7], {"same": x[:7]})
+    assert len(figure.axes) == 2 * 3 * 4
+    assert [a.get_ylabel() for a in figure.axes[::4]] == ["original", "same", "same,\nerror"] * 2
+    assert not figure.axes[-1].get_lines()
 
 
 @pytest.mark.parametrize("size", [(1,), (4,), (1, 4), (2, 1, 3)])
