@@ -66,6 +66,7 @@ class Recorded(Eager):
         self, key: Hashable, model: HVAE, infer: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor]
     ) -> Any:
         hash(key)
+        assert all(isinstance(t, Tensor) for t in tensors)
         infer(tensors)
         self.values_.recording, self.count = True, self.count + 1
         try:

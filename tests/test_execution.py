@@ -16,7 +16,7 @@ from separable_hvae.refine import Compiled, CudaGraphs, Eager, graphs
 from tests.test_hvae import tiny
 from tests.test_inverse import terms
 from tests.test_refine import assert_equal, few
-from tests.zoo import signal
+from tests.zoo import Pyramid, signal
 
 
 def assert_same(result: Result, expected: Result, tolerance: float = 0.0) -> None:
@@ -286,6 +286,16 @@ def test_pieces_of_a_step_wait_for_the_step_before_and_not_for_one_another(recor
     works = [work for work, _ in entered]
     for i, (_, before) in enumerate(entered):
         assert before & set(works) == set(works[: i - i % 2])
+
+
+@pytest.mark.parametrize("schedule", ["scale", "joint"])
+def test_overlapping_bands_are_recorded(schedule: str, recordings: list[Recording]) -> None:
+    model = tiny(Pyramid((4,), 1), sigma=0.3)
+    x = signal(model.decomp, 3, dtype=torch.float32)
+    refiner = MAPRefiner(2, schedule=schedule, execution=CudaGraphs())
+    for y in (x, 2 * x):
+        assert_same(refiner(model, y), MAPRefiner(2, schedule=schedule)(model, y))
+    assert len(recordings) == 1
 
 
 def test_compiled_pieces_are_recorded(recordings: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:

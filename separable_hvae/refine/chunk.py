@@ -62,12 +62,12 @@ class Chunk(NamedTuple):
     def tensors(self) -> Any:
         """All that differs between chunks of one size, as a nested structure."""
         given = [] if isinstance(self.init, str) else self.init
-        return self.seen.x, self.seen.activations, self.seen.targets, self.term.data, given
+        return self.seen.x, self.seen.activations, self.seen.targets or [], self.term.data, given
 
     def on(self, tensors: Any) -> "Chunk":
         """The same with other tensors."""
         x, activations, targets, data, given = tensors
-        return Chunk(Observation(x, activations, targets), replace(self.term, data=data), given or self.init)
+        return Chunk(Observation(x, activations, targets or None), replace(self.term, data=data), given or self.init)
 
 
 class Watch(NamedTuple):
