@@ -86,7 +86,7 @@ def moments_of(data: Tensor | Iterable[Tensor], decomp: Decomposition, device: t
         check_finite("data", x)
         if len(x):
             with full_precision(x.device):
-                here = [BandMoments.of(part) for part in (*decomp.analysis(x), pack(x))]
+                here = [BandMoments.of(part) for part in (*decomp.checked_analysis(x), pack(x))]
             moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
     if not moments:
         raise ValueError("data must hold at least one signal")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.checks import came, came_as, check_flag, check_instance, check_number, is_integer, listed, plain
-from separable_hvae.laws import LawReport, measure_laws
+from separable_hvae.laws import LawReport, measure_laws, wrong_bands
 from separable_hvae.signals import COMPLEX, REAL, full_precision, pack, resample, unpack, widen
 
 __all__ = [
@@ -156,7 +156,7 @@ class Decomposition(nn.Module, ABC):
 
     def project(self, scale: int, r: Tensor) -> Tensor:
         """Return the band ``(B, *band_shape(scale))`` that explains most of a residual signal ``r``."""
-        return self.analysis(r)[self.band_index(scale)]
+        return self.checked_analysis(r)[self.band_index(scale)]
 
     def picture_shape(self, scale: int) -> tuple[int, ...]:
         """Shape ``(channels, *points)`` of one sample's picture of a band (see :meth:`to_grid`)."""
@@ -193,6 +193,18 @@ class Decomposition(nn.Module, ABC):
         bound = copy.deepcopy(self)
         bound._set_scales(scales)
         return bound
+
+    def checked_analysis(self, x: Tensor) -> list[Tensor]:
+        """``analysis(x)``, once it is known to hold what it promises.
+
+        Raises:
+            ValueError: If it does not give one real tensor of the promised shape for each band.
+        """
+        bands = self.analysis(x)
+        wrong, remark = wrong_bands(self, bands)
+        if wrong:
+            raise ValueError(f"{type(self).__name__} breaks its contract: {remark}")
+        return bands
 
     @property
     def dims(self) -> int:

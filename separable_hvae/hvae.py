@@ -255,7 +255,7 @@ class HVAE(Pretrained, nn.Module):
         targets = None
         if self.decomp.orthonormal:
             with full_precision(x.device):
-                targets = self.decomp.analysis(x)
+                targets = self.decomp.checked_analysis(x)
         return Observation(x, dict(zip(self.scales, activations, strict=True)), targets)
 
     def target(self, index: int, seen: Observation, coarser: Sequence[Tensor]) -> Tensor:
@@ -432,7 +432,7 @@ class HVAE(Pretrained, nn.Module):
         if (batches := int(self.calibrated)) >= _WARM_UP_BATCHES:
             return
         with full_precision(seen.x.device):
-            bands = seen.targets if seen.targets is not None else self.decomp.analysis(seen.x)
+            bands = seen.targets if seen.targets is not None else self.decomp.checked_analysis(seen.x)
         moments = [BandMoments.of(band) for band in bands]
         if batches and self._moments is not None:
             moments = [a + b for a, b in zip(self._moments, moments, strict=True)]

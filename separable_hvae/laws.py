@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from separable_hvae.checks import came_as
+
 if TYPE_CHECKING:
     from separable_hvae.decomposition import Decomposition
 
@@ -89,10 +91,10 @@ def measure_laws(decomp: "Decomposition", dtype: torch.dtype) -> LawReport:
 
     x, y, g, h = signal(), signal(), bands(), bands()
     analysed = decomp.analysis(x)
-    errors = {"band shapes": _shape_error(decomp, analysed)}
-    if errors["band shapes"]:
-        gives, says = [tuple(band.shape[1:]) for band in analysed], list(decomp.band_shapes.values())
-        return LawReport(errors, {}, {}, {"band shapes": f"analysis gives {gives}, band_shape says {says}"})
+    wrong, remark = wrong_bands(decomp, analysed)
+    errors = {"band shapes": float(wrong)}
+    if wrong:
+        return LawReport(errors, {}, {}, {"band shapes": remark})
     synthesised = decomp.synthesis(h)
     errors["reconstruction"] = _error(decomp.synthesis(analysed), x)
     errors["linearity of analysis"] = max(
@@ -119,10 +121,12 @@ def measure_laws(decomp: "Decomposition", dtype: torch.dtype) -> LawReport:
     return LawReport(errors, to_grid, from_grid)
 
 
-def _shape_error(decomp: "Decomposition", bands: Sequence[Tensor]) -> float:
-    shapes = list(decomp.band_shapes.values())
-    wrong = [tuple(b.shape[1:]) != s or b.is_complex() for b, s in zip(bands, shapes, strict=False)]
-    return float(sum(wrong) + abs(len(bands) - len(shapes)))
+def wrong_bands(decomp: "Decomposition", bands: Sequence[object]) -> tuple[int, str]:
+    """How many of the bands that ``analysis`` gives are no real tensors of the shapes promised, and what they are."""
+    says = list(decomp.band_shapes.values())
+    gives = [tuple(b.shape[1:]) if isinstance(b, Tensor) and not b.is_complex() else came_as(b) for b in bands]
+    wrong = sum(a != b for a, b in zip(gives, says, strict=False)) + abs(len(gives) - len(says))
+    return wrong, f"analysis gives {gives}, band_shape says {says}"
 
 
 def _error(a: Tensor, b: Tensor) -> float:

@@ -80,6 +80,26 @@ class WrongHead(ScaleHead):
         return context
 
 
+class NoBands(Identity):
+    """A decomposition that gives a band too few."""
+
+    @override
+    def analysis(self, x: Tensor) -> list[Tensor]:
+        return []
+
+
+class Arrays(Identity):
+    """A decomposition that computes with numpy."""
+
+    @override
+    def analysis(self, x: Tensor) -> Any:
+        return [x.numpy()]
+
+
+def tiny(decomp: Decomposition) -> HVAE:
+    return HVAE(decomp, layers=1, width=2, bottleneck=2, blocks=0)
+
+
 KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     # Built wrongly.
     "an abstract decomposition": (lambda m: Decomposition((8,), 1), TypeError, "abstract"),  # type: ignore[abstract]
@@ -135,6 +155,17 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         r"layers must be one number or one for each of the 4 scales, got 2",
     ),
     # Called wrongly.
+    "a band too few": (
+        lambda m: tiny(NoBands(4, 1))(X),
+        ValueError,
+        r"NoBands breaks its contract: analysis gives \[\], band_shape says \[\(1, 4, 4\)\]",
+    ),
+    "bands of numpy": (
+        lambda m: tiny(Arrays(4, 1)).calibrate(X),
+        ValueError,
+        r"Arrays breaks .* analysis gives \['ndarray: make it a tensor with torch.from_numpy'\], band_shape says",
+    ),
+    "bands of numpy, checked": (lambda m: Arrays(4, 1).check(), ValueError, r"band shapes: analysis gives \['ndarray"),
     "a seed for a generator": (lambda m: m(X, 3), TypeError, r"generator must be a torch\.Generator or None, got 3"),
     "a seed to sample with": (lambda m: m.sample(2, generator=ONE), TypeError, r"generator must be .* or None, got 1"),
     "a device for a generator": (
