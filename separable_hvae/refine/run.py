@@ -69,11 +69,16 @@ class Run:
 
     def reach(self, latents: list[Tensor], passes: list[SubsetPass] | None = None) -> None:
         """Say what has been reached: one tensor for each layer, and the pass through them where it is known."""
-        self.latents, self._passes = latents, passes
+        self._latents, self._passes = latents, passes
 
     def follow(self, run: "Run") -> None:
         """Say that what another run has reached has been reached."""
-        self.latents, self._passes = run.latents, run._passes
+        self._latents, self._passes = run._latents, run._passes
+
+    @property
+    def latents(self) -> list[Tensor]:
+        """What has been reached, one tensor for each layer; :meth:`reach` changes it."""
+        return self._latents
 
     @property
     def passes(self) -> list[SubsetPass]:
