@@ -40,7 +40,7 @@ def check_number(name: str, value: object, allowed: Allowed) -> float:
         ValueError: If it is out of range.
     """
     if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     number = int(value) if is_integer(value) else float(value)
     if not _RANGES[allowed](number):
         raise ValueError(f"{name} must be {allowed}, got {number}")
@@ -55,7 +55,7 @@ def check_integer(name: str, value: object, least: int) -> int:
         ValueError: If it is too small.
     """
     if not is_integer(value):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
@@ -77,13 +77,13 @@ def check_seed(name: str, value: object) -> int:
 def check_flag(name: str, value: object) -> None:
     """Raise a ``TypeError`` unless the value is ``True`` or ``False``: the text ``"no"`` would count as true."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_callable(name: str, value: object, form: str) -> None:
     """Raise a ``TypeError`` unless the value can be called; ``form`` says how it will be."""
     if not callable(value):
-        raise TypeError(f"{name} must be a callable {form}, got {value!r}")
+        raise TypeError(f"{name} must be a callable {form}, got {shown(value)}")
 
 
 def check_instance(name: str, value: object, kind: type) -> None:
@@ -105,9 +105,18 @@ def came_as(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else came(value)
 
 
+def shown(value: object) -> str:
+    """A wrong value in one line: tensors and arrays by shape and dtype, classes by name."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{with_article(type(value))} of shape {tuple(value.shape)}, {value.dtype}"
+    return repr(value)
+
+
 def with_article(kind: type) -> str:
     """The name of a class with its article, as it is spoken."""
-    return f"{'an' if kind.__name__.startswith(('A', 'E', 'HV', 'I', 'O')) else 'a'} {kind.__name__}"
+    return f"{'an' if kind.__name__.startswith(('A', 'E', 'HV', 'I', 'O', 'nd')) else 'a'} {kind.__name__}"
 
 
 def listed(value: object) -> object:
@@ -118,7 +127,7 @@ def listed(value: object) -> object:
 def check_generator(generator: object) -> None:
     """Raise a ``TypeError`` unless it is a ``torch.Generator`` or ``None``; a seed is none."""
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+        raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
 
 
 def plain(name: str, value: Any) -> Any:

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.checks import came, came_as, check_flag, check_instance, check_number, is_integer, listed, plain
+from separable_hvae.checks import (
+    came,
+    came_as,
+    check_flag,
+    check_instance,
+    check_number,
+    is_integer,
+    listed,
+    plain,
+    shown,
+)
 from separable_hvae.laws import LawReport, measure_laws, wrong_bands
 from separable_hvae.signals import COMPLEX, REAL, full_precision, pack, resample, unpack, widen
 
@@ -105,7 +115,7 @@ class Decomposition(nn.Module, ABC):
     def _checked_scales(self, scales: Sequence[int]) -> tuple[int, ...]:
         scales = cast(Sequence[int], listed(scales))
         if isinstance(scales, str) or not isinstance(scales, Sequence):
-            raise TypeError(f"scales must be a sequence of integers, got {scales!r}")
+            raise TypeError(f"scales must be a sequence of integers, got {shown(scales)}")
         checked = tuple(_positive("scales", s) for s in scales)
         if not checked or any(b <= a for a, b in itertools.pairwise(checked)):
             raise ValueError(f"scales must increase, coarse to fine, got {list(scales)}")
@@ -237,7 +247,7 @@ class Decomposition(nn.Module, ABC):
             ValueError: If the scale emits no band.
         """
         if not isinstance(scale, Hashable) or scale not in self.band_shapes:
-            raise ValueError(f"scale {scale!r} emits no band; the scales that do are {list(self.band_shapes)}")
+            raise ValueError(f"scale {shown(scale)} emits no band; the scales that do are {list(self.band_shapes)}")
         return list(self.band_shapes).index(scale)
 
     def check_signal(self, x: Tensor, name: str = "x") -> Tensor:
@@ -377,7 +387,7 @@ def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
     if is_integer(size):
         return (int(size),) * (dims or 2)
     if isinstance(size, str) or not isinstance(size, Sequence):
-        raise TypeError(f"size must be an int or a sequence of ints, got {size!r}")
+        raise TypeError(f"size must be an int or a sequence of ints, got {shown(size)}")
     if dims is not None and len(size) != dims:
         raise ValueError(f"size must have {dims} axes, got {tuple(size)}")
     return tuple(size)
@@ -385,7 +395,7 @@ def sides(size: int | Sequence[int], dims: int | None) -> tuple[int, ...]:
 
 def _positive(name: str, value: object) -> int:
     if not is_integer(value):
-        raise TypeError(f"{name} must be integers, got {value!r}")
+        raise TypeError(f"{name} must be integers, got {shown(value)}")
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
     return int(value)

@@ -31,6 +31,7 @@ from separable_hvae.checks import (
     is_integer,
     is_number,
     listed,
+    shown,
 )
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.heads import HEADS, ScaleHead
@@ -163,7 +164,7 @@ class HVAE(Pretrained, nn.Module):
     def _layers_by_scale(self, layers: int | Sequence[int]) -> list[int]:
         layers = cast("int | Sequence[int]", listed(layers))
         if isinstance(layers, str) or not isinstance(layers, (Integral, Sequence)):
-            raise TypeError(f"layers must be an integer or one for each scale, got {layers!r}")
+            raise TypeError(f"layers must be an integer or one for each scale, got {shown(layers)}")
         counts = list(layers) if isinstance(layers, Sequence) else [layers] * len(self.scales)
         if len(counts) != len(self.scales):
             raise ValueError(
@@ -189,7 +190,7 @@ class HVAE(Pretrained, nn.Module):
             self.log_sigma = nn.Parameter(torch.tensor(math.log(0.1)))
             return sigma
         if not is_number(sigma):
-            raise TypeError(f"sigma must be a positive number or 'learned', got {sigma!r}")
+            raise TypeError(f"sigma must be a positive number or 'learned', got {shown(sigma)}")
         sigma = check_number("sigma", sigma, "positive and finite")
         least, most = _SIGMA_RANGE
         if not least <= sigma <= most:

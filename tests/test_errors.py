@@ -108,7 +108,7 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     "size as a tensor": (
         lambda m: FFT2Real(torch.tensor([8, 8])),  # type: ignore[arg-type]
         TypeError,
-        r"size must be an int or a sequence of ints, got tensor\(\[8, 8\]\)",
+        r"size must be an int or a sequence of ints, got a Tensor of shape \(2,\), torch.int64$",
     ),
     "four axes": (lambda m: Identity((2, 2, 2, 2)), ValueError, r"size must have one to three axes, got \(2, 2"),
     "channels as a fraction": (lambda m: FFT2Real(8, 1.5), TypeError, r"channels must be integers, got 1\.5"),  # type: ignore[arg-type]
@@ -303,6 +303,16 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     # Refined wrongly.
     "nothing to refine": (lambda m: MAPRefiner(1)(m, NO), TypeError, r"x must be a torch\.Tensor, got NoneType"),
     "no schedule": (lambda m: MAPRefiner(schedule=NO), TypeError, r"schedule must be a name or a Schedule, got None"),
+    "a rule's class": (
+        lambda m: MAPRefiner(rule=Adam),  # type: ignore[arg-type]
+        TypeError,
+        r"rule must be a name or a Rule, got the class Adam: call it, Adam\(…\)$",
+    ),
+    "a temperature for each pixel": (
+        lambda m: m.sample(2, temperature=torch.ones(9, 9)),  # type: ignore[arg-type]
+        TypeError,
+        r"temperature must be a number, got a Tensor of shape \(9, 9\), torch.float32$",
+    ),
     "no rule": (lambda m: MAPRefiner(rule=NO), TypeError, r"rule must be a name or a Rule, got None"),
     "no loss": (lambda m: MAPRefiner(loss=NO), TypeError, r"loss must be 'l1', 'l2' or a callable, got None"),
     "negative steps of the paper": (lambda m: MAPRefiner.paper(-1), ValueError, r"steps must be at least 0 .*, got -1"),

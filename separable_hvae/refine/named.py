@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from separable_hvae.checks import with_article
+from separable_hvae.checks import shown, with_article
 
 T = TypeVar("T")
 
@@ -20,5 +20,6 @@ def named(name: str, value: Any, known: Mapping[str, Callable[[], T]], base: typ
             raise ValueError(f"{name} must be one of {sorted(known)} or {with_article(base)}, got {value!r}")
         return known[value]()
     if not isinstance(value, base):
-        raise TypeError(f"{name} must be a name or {with_article(base)}, got {value!r}")
+        hint = f": call it, {value.__name__}(…)" if isinstance(value, type) and issubclass(value, base) else ""
+        raise TypeError(f"{name} must be a name or {with_article(base)}, got {shown(value)}{hint}")
     return value
