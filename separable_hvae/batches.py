@@ -133,7 +133,8 @@ class _Join:
         shape = (self.decomp.channels, *self.decomp.size)
         for item in items:
             if not isinstance(item, Tensor):
-                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {came(item)}")
+                hint = ": keep the signal alone, item[0]" if isinstance(item, (tuple, list)) else ""
+                raise TypeError(f"data must be a dataset of tensors (C, *size), got an item of {came(item)}{hint}")
             if tuple(item.shape) != shape:
                 raise ValueError(f"data must hold signals of shape {shape}, got an item of shape {tuple(item.shape)}")
             if item.dtype != items[0].dtype:

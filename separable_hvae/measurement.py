@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.checks import came_as, check_callable, check_flag, check_generator, check_instance, is_number
+from separable_hvae.checks import came, came_as, check_callable, check_flag, check_generator, check_instance, is_number
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
@@ -100,7 +100,7 @@ class Measurement(DataTerm):
             raise TypeError("noise must be a Noise or a standard deviation, 0 where y has none, got None")
         for i, tensor in enumerate(given):
             if not isinstance(tensor, Tensor) or tensor.ndim < 1 or len(tensor) != len(y):
-                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else came(tensor)
                 raise ValueError(f"given[{i}] must be a tensor of {len(y)} samples, batch first, got {got}")
         if start is None and not linear:
             raise ValueError("start must be given where the operator is not linear: the encoder has to see signals")

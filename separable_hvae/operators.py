@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from separable_hvae.signals import full_precision, pack
+from separable_hvae.signals import check_finite, full_precision, pack
 
 Map = Callable[..., Tensor]
+
+_PER_SAMPLE = "put what differs by sample into given="
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Operator:
         if predicted.shape != y.shape:
             raise ValueError(
                 f"operator gives shape {tuple(predicted.shape)} for signals {tuple(signal.shape)}, "
-                f"but y has {tuple(y.shape)}"
+                f"but y has {tuple(y.shape)}" + (f"; {_PER_SAMPLE}" if predicted.shape[:1] != x.shape[:1] else "")
             )
         if predicted.is_complex() != y.is_complex():
             raise TypeError(
@@ -87,7 +89,7 @@ class Operator:
         """Measure on random signals whether the operator is linear and its adjoint is one.
 
         Raises:
-            ValueError: If a law does not hold; the message says by how much.
+            ValueError: If a law does not hold, and by how much, or the operator gives NaN or infinity.
         """
         # Rounding in float32, through transforms of some thousand points, stays a hundred times below this.
         tolerance = 1e-3
@@ -95,6 +97,7 @@ class Operator:
         a, b, w = (_noise(t, generator) for t in (like, like, y))
         offset = self.predict(torch.zeros_like(like), y, given)
         of_a, of_b, of_sum = (self.predict(x, y, given) - offset for x in (a, b, a + b))
+        check_finite("the operator's output, on zeros and on random signals,", of_sum)
         size = (norm(of_a) + norm(of_b)).clamp_min(torch.finfo(size_type(y)).tiny)
         if not (defect := float((norm(of_sum - of_a - of_b) / size).max())) <= tolerance:
             raise ValueError(
@@ -206,7 +209,8 @@ def _called(name: str, function: Map, x: Tensor, given: Sequence[Tensor]) -> Ten
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (x, *given))
-        hint = "; an operator on real and imaginary parts as channels needs stacked=True" if x.is_complex() else ""
+        hint = f"; {_PER_SAMPLE}"
+        hint += "; an operator on real and imaginary parts as channels needs stacked=True" if x.is_complex() else ""
         raise TypeError(f"{name} cannot take {shapes}: {error}{hint}") from error
     if not isinstance(found, Tensor):
         raise TypeError(f"{name} must give a tensor, got {type(found).__name__}")

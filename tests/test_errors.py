@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from separable_hvae import (
@@ -31,6 +32,7 @@ from separable_hvae.plots import comparison, convergence, progressive
 from separable_hvae.refine import Adam, Chain, GaussNewton, Latent, Rule
 
 X = torch.zeros(2, 1, 4, 4)
+MANY = torch.ones(3, 1, 4, 4)
 NO: Any = None
 TEXT: Any = "text"
 LIST: Any = [2]
@@ -303,6 +305,31 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     # Refined wrongly.
     "nothing to refine": (lambda m: MAPRefiner(1)(m, NO), TypeError, r"x must be a torch\.Tensor, got NoneType"),
     "no schedule": (lambda m: MAPRefiner(schedule=NO), TypeError, r"schedule must be a name or a Schedule, got None"),
+    "an operator that keeps a tensor of each sample": (
+        lambda m: MAPRefiner(1, batch_size=2)(m, Measurement(MANY, lambda x: x * MANY, 0.1)),
+        TypeError,
+        r"operator cannot take torch.float32 \(2, 1, 4, 4\): .*; put what differs by sample into given=$",
+    ),
+    "the same for a single one": (
+        lambda m: Measurement(MANY, lambda x: x * MANY, 0.1).rows(slice(0, 1)).guess(m),
+        ValueError,
+        r"operator gives shape \(3, .* but y has \(1, 1, 4, 4\); put what differs by sample into given=$",
+    ),
+    "an operator that gives no numbers": (
+        lambda m: Measurement(X, lambda x: x / x.norm(), 0.1).guess(m),
+        ValueError,
+        r"the operator's output, on zeros and on random signals, must be finite, got NaN or infinity$",
+    ),
+    "what is given as an array": (
+        lambda m: measured(given=[ARRAY]),
+        ValueError,
+        r"given\[0\] must be a tensor of 2 samples, batch first, got ndarray: make it a tensor with torch.from_numpy$",
+    ),
+    "signals with labels": (
+        lambda m: fit(m, TensorDataset(X, X), steps=1),  # type: ignore[arg-type]
+        TypeError,
+        r"data must be a dataset of tensors .*, got an item of tuple: keep the signal alone, item\[0\]$",
+    ),
     "a rule's class": (
         lambda m: MAPRefiner(rule=Adam),  # type: ignore[arg-type]
         TypeError,
