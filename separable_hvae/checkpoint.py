@@ -5,7 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from separable_hvae.checks import plain
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE
+from separable_hvae.saving import description
 
 _ARMED_AFTER = 100  # Steps before gradient norms count as typical.
 _MOST_SKIPS = 3  # Steps skipped in a row at most.
@@ -26,6 +29,7 @@ class TrainingState:
         self, model: HVAE, averaged: AveragedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
     ):
         self.model, self.averaged, self.optimizer = model, averaged, optimizer
+        self.described = description(model, _arguments(model.decomp))
         # The optimizer's moments go by number: with other parameters trained they would be those of others.
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         # As a file gives them back: tuples as lists, keys as strings.
@@ -70,7 +74,7 @@ class TrainingState:
             OSError: If it cannot be written, for example to a full disk; an earlier one stays as it was.
         """
         counters = {k: getattr(self, k) for k in ("step", "seconds", "norm", "in_a_row", "skipped")}
-        parts = {"counters": counters, "settings": self.settings, "trained": self.trained}
+        parts = {"counters": counters, "model": self.described, "settings": self.settings, "trained": self.trained}
         metadata = {name: json.dumps(part) for name, part in parts.items()}
         content = save(self._tensors(), metadata)
         partial = path.with_suffix(".partial")
@@ -97,10 +101,14 @@ class TrainingState:
             with torch.device("cpu"), safe_open(path, framework="pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
-            counters, settings, trained = (json.loads(metadata[k]) for k in ("counters", "settings", "trained"))
+            parts = ("counters", "model", "settings", "trained")
+            counters, described, settings, trained = (json.loads(metadata[k]) for k in parts)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no checkpoint of a training run: {error}") from error
-        self._require_same_model(path, tensors)
+        if described != self.described:
+            changed = _differences(described, self.described)
+            raise ValueError(f"{path} belongs to another model (there, here): {changed}")
+        self._require_same_shapes(path, tensors)
         self._require_same_trained(path, trained)
         if settings != self.settings:
             changed = _differences(settings, self.settings)
@@ -124,7 +132,7 @@ class TrainingState:
         for name, value in counters.items():
             setattr(self, name, value)
 
-    def _require_same_model(self, path: Path, tensors: dict[str, Tensor]) -> None:
+    def _require_same_shapes(self, path: Path, tensors: dict[str, Tensor]) -> None:
         # Looked at before anything is loaded, so that a model stays as it was if it is refused.
         here = {f"model.{k}": tuple(v.shape) for k, v in self.model.state_dict().items()}
         there = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith("model.")}
@@ -144,6 +152,14 @@ class TrainingState:
             raise ValueError(
                 f"{path} belongs to a run that trained other parameters: requires_grad must be {' and '.join(wanted)}"
             )
+
+
+def _arguments(decomp: Decomposition) -> dict[str, Any]:
+    """What a decomposition was built with; nothing, where one of the user's own cannot tell."""
+    try:
+        return cast(dict[str, Any], plain("config() of the decomposition", decomp.config()))
+    except TypeError:
+        return {}
 
 
 def _few(names: list[str]) -> str:

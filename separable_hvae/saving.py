@@ -66,17 +66,7 @@ class Pretrained(nn.Module):
             _rebuilt(kind, arguments)
         except Exception as error:
             raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
-        options = dict(self.config)
-        if isinstance(options["head"], type):
-            options["head"] = _name(options["head"], _HEADS)
-        settings = {
-            "version": __version__,
-            "model": type(self).__name__,
-            "decomposition": {"class": _name(kind, _DECOMPOSITIONS), "arguments": arguments},
-            "scales": list(self.decomp.scales),
-            "options": plain("config of the model", options),
-            "dtype": _dtype(self),
-        }
+        settings = {"version": __version__, **description(self, arguments)}
         sealed.write(Path(folder), settings, _state(self)[0], self._card())
 
     @classmethod
@@ -199,6 +189,25 @@ model = HVAE.from_pretrained(".")  # this folder, or its id on the hub
 
 To be described by its author: training data, range of the signals, intended use, limits.
 """
+
+
+def description(model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a model is, as JSON holds it.
+
+    Args:
+        model: The model.
+        arguments: What its decomposition was built with.
+    """
+    options = dict(model.config)
+    if isinstance(options["head"], type):
+        options["head"] = _name(options["head"], _HEADS)
+    return {
+        "model": type(model).__name__,
+        "decomposition": {"class": _name(type(model.decomp), _DECOMPOSITIONS), "arguments": arguments},
+        "scales": list(model.decomp.scales),
+        "options": plain("config of the model", options),
+        "dtype": _dtype(model),
+    }
 
 
 def _name(kind: type, own: Mapping[str, type]) -> str:

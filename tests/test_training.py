@@ -22,7 +22,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from typing_extensions import override
 
-from separable_hvae import HVAE, FFT1Complex, FFT1Real, FitReport, Identity, Result, evaluate, fit
+from separable_hvae import HVAE, FFT1Complex, FFT1Real, FitReport, Identity, Result, Wavelet1, evaluate, fit
 from separable_hvae.batches import Batches, checksum
 from separable_hvae.decomposition import pack
 from separable_hvae.records import Records
@@ -399,11 +399,25 @@ def test_checkpoints_are_written_along_the_way(tmp_path: Path) -> None:
     assert seen == [True, True, True]
 
 
+def edited() -> HVAE:
+    """A model whose code has changed since, but not what it was built with."""
+    model = fresh()
+    model.start = torch.nn.Parameter(torch.zeros(2))
+    return model
+
+
+def wavelet_model(wavelet: str) -> HVAE:
+    return tiny(Wavelet1(4, wavelet, channels=1, scales=[2, 4]), layers=1)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"model": lambda: fresh(width=8)}, "belongs to another model: .* start with shape"),
-        ({"model": lambda: tiny(FFT1Real(4, scales=[1, 2, 4]), layers=1)}, "belongs to another model"),
+        ({"model": lambda: fresh(width=8)}, r"another model .*: {'options': {'width': \(6, 8\)}}"),
+        ({"model": lambda: tiny(FFT1Real(4, scales=[1, 2, 4]), layers=1)}, r"another model .*'scales': \(\[1, 4\], \["),
+        ({"model": lambda: fresh(sigma=0.2)}, r"another model .*: {'options': {'sigma': \(0\.1, 0\.2\)}}"),
+        ({"model": lambda: wavelet_model("db2")}, r"another model .*'class': \('FFT1Real', 'Wavelet1'\)"),
+        ({"model": edited}, r"another model: .* start with shape \(1, 6, 1\) there and \(2,\) here"),
         ({"data": lambda: waves(seed=5)}, "belongs to a run with other settings or data .*checksum"),
         ({"data": lambda: waves().index_fill(0, torch.tensor([39]), 0.0)}, r"settings or data .*checksum"),
         ({"data": lambda: waves(39)}, r"settings or data .*'count': \(40, 39\)"),
@@ -414,7 +428,19 @@ def test_checkpoints_are_written_along_the_way(tmp_path: Path) -> None:
             r"settings or data .*: {'model': {'b': \(2, 3\)}, 'flip': \(None, True\)}",
         ),
     ],
-    ids=["width", "scales", "data", "one signal", "count", "batch size", "seed", "settings"],
+    ids=[
+        "width",
+        "scales",
+        "sigma",
+        "decomposition",
+        "shape",
+        "data",
+        "one signal",
+        "count",
+        "batch size",
+        "seed",
+        "settings",
+    ],
 )
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path, other: dict[str, Any], message: str) -> None:
     train(fresh(), checkpoint=tmp_path, steps=2, settings={"model": {"a": 1, "b": 2}} if "settings" in other else None)
@@ -425,6 +451,34 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path, other: dict[str, Any], 
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "checkpoint.safetensors")) + ".*" + message):
         train(model, made.pop("data", None), checkpoint=tmp_path, steps=2, **made)
     assert same(weights(model), before)
+
+
+def test_a_checkpoint_of_another_wavelet_is_refused(tmp_path: Path) -> None:
+    train(wavelet_model("haar"), checkpoint=tmp_path, steps=2)
+    with pytest.raises(
+        ValueError, match=r"another model .*: {'decomposition': {'arguments': {'wavelet': \('haar', 'db2"
+    ):
+        train(wavelet_model("db2"), checkpoint=tmp_path, steps=4)
+
+
+class Taciturn(FFT1Real):
+    """A decomposition that cannot tell what it was built with, so that no model of it can be saved."""
+
+    @override
+    def config(self) -> dict[str, Any]:
+        raise TypeError("override config()")
+
+
+def test_a_model_that_cannot_be_saved_resumes(tmp_path: Path) -> None:
+    def made(**options: Any) -> HVAE:
+        return tiny(Taciturn(4, scales=[1, 4]), layers=1, **options)
+
+    train(made(), checkpoint=tmp_path, steps=2)
+    assert train(made(), checkpoint=tmp_path, steps=4).steps == 4
+    with pytest.raises(ValueError, match=r"another model .*: {'options': {'sigma': \(0\.1, 0\.2\)}}"):
+        train(made(sigma=0.2), checkpoint=tmp_path, steps=6)
+    with pytest.raises(ValueError, match=r"another model .*'class': \('tests\.test_training:Taciturn', 'FFT1Real'\)"):
+        train(fresh(), checkpoint=tmp_path, steps=6)
 
 
 def frozen(*names: str) -> HVAE:
