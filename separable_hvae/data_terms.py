@@ -73,14 +73,14 @@ class BoundTerm:
         misfit: The pure function.
         data: The tensors that :meth:`Misfit.total` compares with.
         aims: A function of a subset's number, the bands of all subsets and the data, see :meth:`aim`.
-        pure: Whether ``aims`` reads no other tensors of the batch and looks at no values, so that it may be
-            recorded.
+        pure: Whether ``aims`` reads no tensors but those given, and the model's, and looks at no values: whole
+            inferences that were recorded with one batch then serve others.
     """
 
     misfit: Misfit
     data: list[Tensor]
     aims: Callable[[int, Sequence[Tensor | None], Sequence[Tensor]], list[Tensor]]
-    pure: bool = True
+    pure: bool = False
 
     def aim(self, index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
         """The tensors that :meth:`Misfit.local` compares a subset's band with.
@@ -149,15 +149,18 @@ class Signal(DataTerm):
 
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
-        distance = Distance(self.loss, float(model.sigma.detach()), kept_by(self.loss))
+        distance, sigma = Distance(self.loss, kept_by(self.loss)), model.sigma.detach()
         if seen.targets is not None:
-            targets = [target.detach() for target in seen.targets]
-            return BoundTerm(BandMisfit(model.decomp, distance), targets, lambda i, _, targets: [targets[i]])
+            known = [*(target.detach() for target in seen.targets), sigma]
+            return BoundTerm(
+                BandMisfit(model.decomp, distance), known, lambda i, _, data: [data[i], data[-1]], pure=True
+            )
 
         def aims(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
-            return [model.left(index, data[0], [band for band in bands[:index] if band is not None])]
+            x, sigma = data
+            return [model.left(index, x, [band for band in bands[:index] if band is not None]), sigma]
 
-        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x], aims)
+        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x, sigma], aims, pure=True)
 
 
 @dataclass(frozen=True)
@@ -166,20 +169,24 @@ class Distance:
 
     Args:
         loss: ``"l2"``, ``"l1"``, or a callable ``(h_hat, h) -> (B,)``.
-        sigma: Standard deviation of the named ones.
         kept: What a callable keeps: code that was compiled with other tensors is of no use.
     """
 
     loss: Loss
-    sigma: float
     kept: Kept = ()
 
-    def __call__(self, h_hat: Tensor, h: Tensor) -> Tensor:
-        """Measure, and check that a user's loss gives one number for each sample."""
+    def __call__(self, h_hat: Tensor, h: Tensor, sigma: Tensor) -> Tensor:
+        """Measure, and check that a user's loss gives one number for each sample.
+
+        Args:
+            h_hat: What is compared, ``(B, ...)``.
+            h: What it is compared with.
+            sigma: Standard deviation of the named losses, a scalar.
+        """
         if self.loss == "l2":
-            return squared_error(h_hat, h) / (2 * self.sigma**2)
+            return squared_error(h_hat, h) / (2 * sigma.square())
         if self.loss == "l1":
-            return math.sqrt(2) / self.sigma * absolute_error(h_hat, h)
+            return math.sqrt(2) / sigma * absolute_error(h_hat, h)
         d = self.loss(h_hat, h)
         if not isinstance(d, Tensor) or d.shape != h.shape[:1]:
             got = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
@@ -191,14 +198,17 @@ class Distance:
 
 @dataclass(frozen=True)
 class _TargetMisfit(Misfit):
-    """Each subset's band against the target that is left for it."""
+    """Each subset's band against the target that is left for it.
+
+    The model's σ comes last, in what a subset aims at and in the data.
+    """
 
     decomp: Decomposition
     distance: Distance
 
     @override
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        return self.distance(band, aim[0])
+        return self.distance(band, *aim)
 
 
 class BandMisfit(_TargetMisfit):
@@ -206,8 +216,9 @@ class BandMisfit(_TargetMisfit):
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        parts = zip(self.decomp.band_scales, bands, data, strict=True)
-        return [(scale, self.distance(band, target)) for scale, band, target in parts]
+        *targets, sigma = data
+        parts = zip(self.decomp.band_scales, bands, targets, strict=True)
+        return [(scale, self.distance(band, target, sigma)) for scale, band, target in parts]
 
 
 class SignalMisfit(_TargetMisfit):
@@ -215,9 +226,10 @@ class SignalMisfit(_TargetMisfit):
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        x, sigma = data
         with full_precision(bands[0].device):
             reconstruction = self.decomp.synthesis(bands)
-        return [(self.decomp.scales[-1], self.distance(pack(reconstruction), pack(data[0])))]
+        return [(self.decomp.scales[-1], self.distance(pack(reconstruction), pack(x), sigma))]
 
 
 def squared_error(h_hat: Tensor, h: Tensor) -> Tensor:

@@ -88,15 +88,15 @@ class KnownBands(DataTerm):
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
         bands, masks = self._read(model)
-        variance = self.sigma**2 + float(model.sigma.detach()) ** 2
+        variance = self.sigma**2 + model.sigma.detach().square()
         known = tuple(i for i, band in enumerate(self.bands) if band is not None)
-        misfit = KnownMisfit(model.decomp.band_scales, known, variance)
+        misfit = KnownMisfit(model.decomp, known)
 
         def aims(index: int, _: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
-            place = 2 * known.index(index) if index in known else len(data)
-            return list(data[place : place + 2])
+            return misfit.aim(known.index(index), data) if index in known else []
 
-        return BoundTerm(misfit, [t for i in known for t in (bands[i], masks[i].to(bands[i]))], aims)
+        values = [t for i in known for t in (bands[i], masks[i].to(bands[i]))]
+        return BoundTerm(misfit, [*values, variance], aims, pure=True)
 
     def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The signals given the latents that decode to ``x`` and what is known: their mean, or a draw.
@@ -157,25 +157,29 @@ class KnownMisfit(Misfit):
     """Squared error of the known coefficients.
 
     Attributes:
-        scales: The scales that emit bands.
+        decomp: The decomposition.
         known: Numbers of the bands of which something is known.
-        variance: Of each coefficient.
     """
 
-    scales: tuple[int, ...]
+    decomp: Decomposition
     known: tuple[int, ...]
-    variance: float
 
     @override
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
         if not aim:
             return band.new_zeros(len(band))
-        target, mask = aim
-        return (mask * (band - target)).square().flatten(1).sum(1) / (2 * self.variance)
+        target, mask, variance = aim
+        return (mask * (band - target)).square().flatten(1).sum(1) / (2 * variance)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        return [(self.scales[i], self.local(i, bands[i], data[2 * n : 2 * n + 2])) for n, i in enumerate(self.known)]
+        scales = self.decomp.band_scales
+        return [(scales[i], self.local(i, bands[i], self.aim(n, data))) for n, i in enumerate(self.known)]
+
+    @staticmethod
+    def aim(number: int, data: Sequence[Tensor]) -> list[Tensor]:
+        """Values, mask and variance of a known band, by its number among these."""
+        return [*data[2 * number : 2 * number + 2], data[-1]]
 
 
 def masks_of(decomp: Decomposition, project: Callable[[Tensor], Tensor]) -> list[Tensor]:

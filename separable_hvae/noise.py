@@ -80,7 +80,7 @@ class WhiteNoise(Noise):
             number = sigma.item() if isinstance(sigma, Tensor) else sigma
             sigma = check_number("sigma", number, "at least 0 and finite")
         object.__setattr__(self, "sigma", sigma)
-        object.__setattr__(self, "_identity", kept_by(sigma) or sigma)
+        object.__setattr__(self, "_identity", kept_by(sigma))
 
     @override
     def variance(self, y: Tensor) -> Tensor:

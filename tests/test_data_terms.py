@@ -208,6 +208,17 @@ def test_known_coefficients_are_compared_and_the_rest_is_ignored() -> None:
         torch.testing.assert_close(bound.misfit.local(i, found[i], bound.aim(i, [None] * 4)), wanted)
 
 
+def test_known_bands_of_another_kind_are_another_misfit() -> None:
+    x = torch.ones(2, 1, 8, dtype=torch.float64)
+    misfits = []
+    for name in ("haar", "haar", "db2"):
+        model = tiny(Wavelet1(8, name, 1))
+        known = KnownBands.of(x, model.decomp, until=4)
+        misfits += [known.bind(model, model.observe(x)).misfit for _ in range(2)]
+    assert misfits[::2] == misfits[1::2]
+    assert len(set(misfits)) == 3
+
+
 def test_the_encoder_sees_known_coefficients_and_means() -> None:
     model, x = tiny(FFT2Real(4, 1)), signal(FFT2Real(4, 1))
     guess = KnownBands.of(x, model.decomp, until=2).guess(model)

@@ -1,8 +1,9 @@
 """However the pieces run, the result is the same."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
-from separable_hvae import HVAE, FFT1Real, Identity, MAPRefiner, Measurement, Result
+from separable_hvae import HVAE, DataTerm, FFT1Real, Identity, KnownBands, MAPRefiner, Measurement, Result
+from separable_hvae.data_terms import BoundTerm, Misfit
+from separable_hvae.hvae import Observation
 from separable_hvae.refine import Compiled, CudaGraphs, Eager, graphs
 from tests.test_hvae import tiny
 from tests.test_inverse import terms
@@ -156,6 +160,19 @@ def test_a_loss_whose_tensors_have_changed_is_traced_anew(monkeypatch: pytest.Mo
         assert len(execution._compiled) == count
 
 
+def test_a_learned_sigma_needs_no_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_: graph)
+    torch.manual_seed(0)
+    model = HVAE(FFT1Real(4), scales=[4], layers=1, width=4, bottleneck=4, blocks=0, sigma="learned")
+    x, execution = signal(model.decomp, 3, dtype=torch.float32), Compiled()
+    for term in (x, KnownBands.of(x, model.decomp, until=4)):
+        for sigma in (0.5, 0.2):
+            with torch.no_grad():
+                model.log_sigma.fill_(sigma).log_()
+            assert_same(MAPRefiner(2, execution=execution)(model, term), MAPRefiner(2)(model, term), 1e-5)
+    assert len(execution._compiled) == 2
+
+
 class Huber:
     """A loss with settings of its own."""
 
@@ -286,6 +303,50 @@ def test_pieces_of_a_step_wait_for_the_step_before_and_not_for_one_another(recor
     works = [work for work, _ in entered]
     for i, (_, before) in enumerate(entered):
         assert before & set(works) == set(works[: i - i % 2])
+
+
+@dataclass(frozen=True)
+class Squares(Misfit):
+    """Squared error of bands where something is aimed at; of all of them together, nothing."""
+
+    @override
+    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+        return (band - aim[0]).square().flatten(1).sum(1)
+
+    @override
+    def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        return [(4, bands[0].new_zeros(len(bands[0])))]
+
+
+class Nearby(DataTerm):
+    """A user's data term, which brings a tensor of the batch along in its aims, and has no other data."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    @override
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @override
+    def rows(self, rows: slice | Tensor) -> "Nearby":
+        return Nearby(self.x[rows])
+
+    @override
+    def guess(self, model: HVAE) -> Tensor:
+        return self.x
+
+    @override
+    def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
+        return BoundTerm(Squares(), [], lambda index, *_: [model.decomp.analysis(self.x)[index]])
+
+
+@pytest.mark.parametrize("schedule", ["scale", "joint"])
+def test_aims_with_tensors_of_their_own_are_not_recorded(schedule: str, recordings: list[Recording]) -> None:
+    model = few()
+    refiner = MAPRefiner(2, schedule=schedule, execution=CudaGraphs())
+    for x in (signal(model.decomp, 3), 2 * signal(model.decomp, 3)):
+        assert_same(refiner(model, Nearby(x)), MAPRefiner(2, schedule=schedule)(model, Nearby(x)))
 
 
 @pytest.mark.parametrize("schedule", ["scale", "joint"])

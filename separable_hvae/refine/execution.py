@@ -51,7 +51,7 @@ class Threaded(Execution):
         self.threads = None if threads is None else check_integer("threads", threads, 1)
 
     def _workers(self, calls: Sequence[Call]) -> int:
-        if calls[0].held[0].device.type != "cpu":
+        if calls[0].moving[0].device.type != "cpu":
             return 1
         return min(self.threads or torch.get_num_threads(), len(calls))
 
