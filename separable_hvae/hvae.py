@@ -378,6 +378,8 @@ class HVAE(Pretrained, nn.Module):
     ) -> Result:
         """Decode latents, drawing what is missing from the prior.
 
+        Differentiable: call it under ``torch.no_grad()`` for numbers and pictures.
+
         Args:
             latents: One entry for each layer, coarse to fine: ``(B, latent_channels, *grid)`` or
                 ``None`` for a draw from the prior; missing entries at the end count as ``None``. At

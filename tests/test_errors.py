@@ -330,6 +330,11 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         TypeError,
         r"data must be a dataset of tensors .*, got an item of tuple: keep the signal alone, item\[0\]$",
     ),
+    "a loss beside a data term": (
+        lambda m: MAPRefiner.paper()(m, measured()),
+        ValueError,
+        r"got absolute_error beside a Measurement\. Leave loss out \(MAPRefiner\.paper sets one: use MAPRefiner\), or",
+    ),
     "a rule's class": (
         lambda m: MAPRefiner(rule=Adam),  # type: ignore[arg-type]
         TypeError,
@@ -567,6 +572,13 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         r"histories\['a'\] must be a History, got NoneType",
     ),
 }  # fmt: skip
+
+
+def test_refiners_name_their_settings() -> None:
+    assert repr(MAPRefiner({2: 3, 4: 5}, loss=torch.dist, init=[X, X], batch_size=2)) == (
+        "MAPRefiner(steps={2: 3, 4: 5}, guidance=1.0, loss=dist, init=[2 tensors], sample=False, batch_size=2, "
+        "schedule=Scale, execution=Eager, rule=Adam)"
+    )
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), KINDS.values(), ids=KINDS)

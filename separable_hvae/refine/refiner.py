@@ -18,6 +18,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from separable_hvae.checks import check_callable, check_flag, check_generator, check_integer, check_number
 from separable_hvae.data_terms import DataTerm, Loss, Signal, check_loss
@@ -218,12 +219,20 @@ class Refiner(ABC):
                 problem.latents = stopping.hold(iterate.objective, problem.latents, settled)
         return taken
 
+    @override
+    def __repr__(self) -> str:
+        public = {name: value for name, value in vars(self).items() if value is not None and name[0] != "_"}
+        return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in public.items())})"
+
     def _term(self, model: HVAE, x: Tensor | DataTerm) -> DataTerm:
         if not isinstance(x, DataTerm):
             model.decomp.check_signal(x)
             return Signal(x, self.loss)
         if self.loss != "l2":
-            raise ValueError(f"loss is for signals: a data term has its own, got {self.loss!r} beside a data term")
+            raise ValueError(
+                f"loss is for signals, a data term has its own: got {_brief(self.loss)} beside a {type(x).__name__}. "
+                "Leave loss out (MAPRefiner.paper sets one: use MAPRefiner), or give a Measurement another Noise"
+            )
         return x
 
     @contextmanager
@@ -311,6 +320,15 @@ def _joined(results: Sequence[Result]) -> Result:
         elif isinstance(parts[0], list):
             joined[name] = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     return Result(**joined)
+
+
+def _brief(value: object) -> str:
+    """A setting in few words: tensors by their number, what has no short form by its name."""
+    if isinstance(value, Sequence) and any(isinstance(part, Tensor) for part in value):
+        return f"[{len(value)} tensors]"
+    if isinstance(value, (int, float, str, Sequence, Mapping)):
+        return repr(value)
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def check_by_scale(name: str, value: ByScale) -> None:
