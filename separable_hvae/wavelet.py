@@ -11,6 +11,7 @@ the scale s with s_prev < n ≤ s; the last averages belong to the coarsest scal
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar
@@ -95,6 +96,12 @@ class _Wavelet(Decomposition):
         self._runs: dict[int, list[tuple[int, ...]]] = {s: [] for s in self.scales}
         for points in self._levels:
             self._runs[next(s for s in self.scales if max(points) <= s)].insert(0, points)
+        if len(self.scales) > 1 and not any(self._runs[s] for s in self.scales[:-1]):
+            warnings.warn(
+                f"scales {list(self.scales[:-1])} emit no band, so one holds the whole signal: size {self.size} can be "
+                f"halved down to {self._coarsest} alone; choose scales among {list(self.default_scales())}",
+                stacklevel=3,
+            )
 
     @override
     def default_scales(self) -> tuple[int, ...]:

@@ -159,6 +159,11 @@ def test_scales_below_the_last_halving_emit_no_band() -> None:
     assert [subset.scales for subset in model.subsets] == [(1, 2, 4, 7), (14,), (28,)]
 
 
+def test_scales_of_which_one_alone_emits_a_band_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"scales \[1, 2, 4\] emit no band.*down to \(75,\).*among \[75, 150, 300\]"):
+        assert Wavelet1(300, scales=[1, 2, 4, 300]).band_shapes == {300: (300,)}
+
+
 def test_a_picture_is_the_next_average_without_the_coarser_part() -> None:
     decomp: _Wavelet = Wavelet1(16, "db2")
     x = signal(decomp)
