@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from separable_hvae import HVAE, DataTerm, FFT1Real, Identity, KnownBands, MAPRefiner, Measurement, Result
+from separable_hvae import HVAE, DataTerm, FFT1Real, Identity, KnownBands, MAPRefiner, Measurement, Result, Signal
 from separable_hvae.data_terms import BoundTerm, Misfit
 from separable_hvae.hvae import Observation
 from separable_hvae.refine import Compiled, CudaGraphs, Eager, graphs
@@ -158,6 +158,14 @@ def test_a_loss_whose_tensors_have_changed_is_traced_anew(monkeypatch: pytest.Mo
         change()
         assert_same(traced(model, x), plain(model, x), 1e-5)
         assert len(execution._compiled) == count
+
+
+def test_signals_have_a_likelihood_as_a_data_term_too() -> None:
+    model = few()
+    x = signal(model.decomp, 3, dtype=torch.float32)
+    expected, result = (MAPRefiner(1)(model, known) for known in (x, Signal(x)))
+    torch.testing.assert_close(result.data, expected.data)
+    assert result.reconstruction.dtype == torch.float32
 
 
 def test_a_learned_sigma_needs_no_other_code(monkeypatch: pytest.MonkeyPatch) -> None:

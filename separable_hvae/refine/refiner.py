@@ -152,7 +152,7 @@ class Refiner(ABC):
         guidance = tuple(by_scale("guidance", self.guidance, model.scales).values())
         term = self._term(model, x)
         init = self.init if isinstance(self.init, str) else _given(model, self.init, len(term))
-        job = Job(model, steps, guidance, x.dtype if isinstance(x, Tensor) else None, generator)
+        job = Job(model, steps, guidance, term.x.dtype if isinstance(term, Signal) else None, generator)
         clock = Clock(self.budget, model.start.device)
         recorder, results = Recorder(), []
         size = self.batch_size or max(1, len(term))
