@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,22 +19,38 @@ from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE
 from separable_hvae.saving import description
 
+_PARTS = ("counters", "model", "settings", "options", "trained")
 _ARMED_AFTER = 100  # Steps before gradient norms count as typical.
 _MOST_SKIPS = 3  # Steps skipped in a row at most.
 
 
 class TrainingState:
-    """What a checkpoint holds: weights, their average, the optimizer's moments and counters."""
+    """What a checkpoint holds: weights, their average, the optimizer's moments and counters.
+
+    Args:
+        model: The model.
+        averaged: Its averaged weights.
+        optimizer: The optimizer.
+        settings: What a checkpoint must agree with.
+        options: What a checkpoint should agree with.
+    """
 
     def __init__(
-        self, model: HVAE, averaged: AveragedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-    ):
+        self,
+        model: HVAE,
+        averaged: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        settings: dict[str, Any],
+        options: dict[str, float],
+    ) -> None:
         self.model, self.averaged, self.optimizer = model, averaged, optimizer
         self.described = description(model, _arguments(model.decomp))
         # The optimizer's moments go by number: with other parameters trained they would be those of others.
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         # As a file gives them back: tuples as lists, keys as strings.
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.options = options
         self.step, self.seconds = 0, 0.0
         self.norm, self.in_a_row, self.skipped = 0.0, 0, 0
 
@@ -74,8 +91,8 @@ class TrainingState:
             OSError: If it cannot be written, for example to a full disk; an earlier one stays as it was.
         """
         counters = {k: getattr(self, k) for k in ("step", "seconds", "norm", "in_a_row", "skipped")}
-        parts = {"counters": counters, "model": self.described, "settings": self.settings, "trained": self.trained}
-        metadata = {name: json.dumps(part) for name, part in parts.items()}
+        parts = (counters, self.described, self.settings, self.options, self.trained)
+        metadata = {name: json.dumps(part) for name, part in zip(_PARTS, parts, strict=True)}
         content = save(self._tensors(), metadata)
         partial = path.with_suffix(".partial")
         try:
@@ -91,7 +108,7 @@ class TrainingState:
             raise OSError(f"{path} was not written, an earlier checkpoint is kept: {error}") from error
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; warns if it belongs to a run with other options.
 
         Raises:
             ValueError: If the file is damaged, belongs to another model, data or setting, or other
@@ -101,8 +118,7 @@ class TrainingState:
             with torch.device("cpu"), safe_open(path, framework="pt") as file:
                 tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
-            parts = ("counters", "model", "settings", "trained")
-            counters, described, settings, trained = (json.loads(metadata[k]) for k in parts)
+            counters, described, settings, options, trained = (json.loads(metadata[k]) for k in _PARTS)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is no checkpoint of a training run: {error}") from error
         if described != self.described:
@@ -113,6 +129,12 @@ class TrainingState:
         if settings != self.settings:
             changed = _differences(settings, self.settings)
             raise ValueError(f"{path} belongs to a run with other settings or data (there, here): {changed}")
+        if options != self.options:
+            changed = _differences(options, self.options)
+            warnings.warn(
+                f"{path} belongs to a run with other options (there, here), and goes on with the new ones: {changed}",
+                stacklevel=5,
+            )
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}

@@ -19,7 +19,7 @@ from separable_hvae.batches import mix
 from separable_hvae.checkpoint import TrainingState
 from separable_hvae.evaluation import band_residuals
 from separable_hvae.hvae import HVAE, Result
-from separable_hvae.options import Options
+from separable_hvae.options import MAY_CHANGE, Options
 from separable_hvae.signals import check_finite
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class Learner:
         self.average = cast(HVAE, self._averaged.module).eval()
         settings = {"seed": options.seed, "batch_size": options.batch_size, "processes": accelerator.num_processes}
         settings |= {**fingerprint, **(options.settings or {})}
-        self.state = TrainingState(model, self._averaged, self._optimizer, settings=settings)
+        may_change = {name: getattr(options, name) for name in MAY_CHANGE}
+        self.state = TrainingState(model, self._averaged, self._optimizer, settings=settings, options=may_change)
         self._noise = torch.Generator(accelerator.device)
 
     @contextmanager

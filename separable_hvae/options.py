@@ -57,6 +57,9 @@ _MAY_BE_NONE = {"steps", "time_budget", "augment", "callback"}
 _OWN_SETTINGS = {"seed", "batch_size", "processes", "count", "checksum"}
 _LEAST_RATE = 1e-3
 
+MAY_CHANGE = ("learning_rate", "weight_decay", "warmup", "kl_warmup", "ema", "clip", "skip")
+"""Options that a resumed run may have otherwise, though it is then another run than one that never stopped."""
+
 
 @dataclass(frozen=True)
 class Options:

@@ -39,10 +39,10 @@ class FitReport:
     """What :func:`fit` did.
 
     Attributes:
-        records: One dictionary for each logged step (``step``, ``loss`` and ``data`` in nats/dim, ``kl``
-            per layer in nats, ``residual``, the root mean square error of each band in the data's units,
-            ``grad_norm``, ``learning_rate``, ``signals_per_second``, ``skipped``) or held-out evaluation
-            (``step`` and what :func:`evaluate` gives, prefixed ``heldout_``).
+        records: Of this call alone, one dictionary for each logged step (``step``, ``loss`` and ``data`` in
+            nats/dim, ``kl`` per layer in nats, ``residual``, the root mean square error of each band in the
+            data's units, ``grad_norm``, ``learning_rate``, ``signals_per_second``, ``skipped``) or held-out
+            evaluation (``step`` and what :func:`evaluate` gives, prefixed ``heldout_``).
         steps: Steps done in all, earlier runs included.
         seconds: Time spent in all, earlier runs included.
         interrupted: Whether Ctrl-C or SIGTERM ended the run.
@@ -123,6 +123,13 @@ def fit(
     a run that never stopped. What a dataset draws of its own accord, in random transforms, is not: its signals
     come in the same order, transformed anew. Its checkpoint then knows the number of its signals, but not
     whether they are the same. Transforms that should repeat belong into ``augment``.
+
+    A resumed run must have the model, the data, ``batch_size``, ``seed``, ``settings`` and the number of
+    processes of its checkpoint. Other numbers for learning rate, weight decay, warm-ups, ``ema``, ``clip`` and
+    ``skip`` hold from there on, with a warning. ``steps`` and ``time_budget`` may grow, which prolongs a run,
+    finished ones too: schedules follow the share of the new length, so that a run of 100 steps that goes on to
+    200 takes up half its peak learning rate again, and falls to zero from there. All else is free, and not
+    compared: what ``augment`` does is for ``settings`` to say.
 
     Returns:
         The report. Ctrl-C and SIGTERM end the run after the step at hand: a checkpoint is written, and the

@@ -461,6 +461,18 @@ def test_a_checkpoint_of_another_wavelet_is_refused(tmp_path: Path) -> None:
         train(wavelet_model("db2"), checkpoint=tmp_path, steps=4)
 
 
+def test_a_run_may_go_on_with_other_options(tmp_path: Path) -> None:
+    train(fresh(), checkpoint=tmp_path, steps=4, clip=math.inf)
+    changed = r"{'learning_rate': \(0\.002, 0\.01\), 'clip': \(inf, 3\.0\)}"
+    with pytest.warns(UserWarning, match=f"other options .*, and goes on with the new ones: {changed}") as caught:
+        longer = train(fresh(), checkpoint=tmp_path, steps=8, learning_rate=0.01)
+    assert caught[0].filename == __file__
+    # From the middle of the cosine.
+    rates = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(4, 8)]
+    assert [record["learning_rate"] for record in longer.records] == pytest.approx(rates)
+    train(fresh(), checkpoint=tmp_path, steps=9, learning_rate=0.01)
+
+
 class Taciturn(FFT1Real):
     """A decomposition that cannot tell what it was built with, so that no model of it can be saved."""
 
