@@ -4,7 +4,9 @@ A refiner's schedule turns inference into a sequence of problems; its update rul
 problem but its latents, its objective J(z), in nats for each sample, the gradient of J, and along a
 direction d the curvature of its Gauss–Newton model,
 
-    κ(d) = ‖∂w/∂z · d‖² + d/dt² data(h + t ∂h/∂z · d),        w = (z − μ_p) / σ_p
+    κ(d) = ‖∂w/∂z · d‖² + |d²/dt² data(h + t ∂h/∂z · d)|,     w = (z − μ_p) / σ_p
+
+where the size of the second derivative counts: a loss that is not convex bends downwards far from the data.
 """
 
 import math
@@ -93,7 +95,7 @@ class Problem:
         total = torch.zeros_like(step)
         for call, here, there in zip(self._looked, self.outcomes, nearby, strict=True):
             slopes = [(b - a) / rows(step, a) for a, b in zip(here.bands, there.bands, strict=True)]
-            total = total + _second_derivative(call, here.bands, slopes)
+            total = total + _second_derivative(call, here.bands, slopes).abs()
             for a, b in zip(here.whitened, there.whitened, strict=True):
                 total = total + ((b - a) / rows(step, a)).square().flatten(1).sum(1)
         return total
