@@ -19,11 +19,13 @@ class Journal:
 
     Attributes:
         records: One dictionary for each logged step or held-out evaluation.
+        enough: Whether the callback has asked the run to end.
     """
 
     def __init__(self, options: Options, learner: Learner, log: Records | None, bar: Any) -> None:
         self.options, self.learner, self.log, self.bar = options, learner, log, bar
         self.records: list[dict[str, Any]] = []
+        self.enough = False
         self._last = (learner.state.step, options.clock())
 
     def note(self, done: Step) -> None:
@@ -44,11 +46,12 @@ class Journal:
         (before, then), now = self._last, (self.learner.state.step, self.options.clock())
         self._last = now
         signals = (now[0] - before) * batch * int(self.learner.accelerator.num_processes)
-        return signals / (now[1] - then)
+        # A coarse clock may stand still.
+        return signals / max(now[1] - then, sys.float_info.epsilon)
 
     def _write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         if self.log is not None:
             self.log.write(record)
         if self.options.callback is not None:
-            self.options.callback(record, self.learner.average)
+            self.enough |= bool(self.options.callback(record, self.learner.average))

@@ -33,7 +33,7 @@ CHECKPOINT = "checkpoint.safetensors"
 """Name of the checkpoint in its folder."""
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-Callback = Callable[[dict[str, Any], HVAE], None]
+Callback = Callable[[dict[str, Any], HVAE], bool | None]
 
 _NUMBERS: dict[str, Allowed] = {
     "time_budget": "positive and finite",
@@ -50,7 +50,7 @@ _INTEGERS = {"steps": 1, "batch_size": 1, "every": 1, "workers": 0}
 """The least of each."""
 _CALLABLES = {
     "augment": "(batch, generator) -> batch",
-    "callback": "(record, model) -> None",
+    "callback": "(record, model) -> stop",
     "clock": "() -> seconds",
 }
 _MAY_BE_NONE = {"steps", "time_budget", "augment", "callback"}

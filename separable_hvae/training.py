@@ -76,7 +76,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     log: str | os.PathLike[str] | None = None,
-    callback: Callable[[dict[str, Any], HVAE], None] | None = None,
+    callback: Callable[[dict[str, Any], HVAE], bool | None] | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     workers: int = 0,
@@ -111,7 +111,8 @@ def fit(
             If it holds one, the run resumes from it; several machines need a folder that all of them see.
         checkpoint_every: Seconds between checkpoints.
         log: File that gets each record as a line of JSON.
-        callback: Called with each record and the averaged model, on the main process.
+        callback: Called with each record and the averaged model, on the main process. The run ends where it
+            returns true.
         settings: Further settings that a checkpoint must agree with, such as what ``augment`` does.
         seed: Seed of batches and noise.
         workers: Processes that load a dataset.
@@ -186,10 +187,10 @@ def fit(
         journal, interrupted = Journal(options, learner, records, bar), False
         began, saved = clock() - state.seconds, time.monotonic()
         for batch in batches.start_at(state.step):
-            state.seconds, stop = _agreed(accelerator, clock() - began, interruption.requested)
+            state.seconds, stop, enough = _agreed(accelerator, clock() - began, interruption.requested, journal.enough)
             done = options.done(state.step, state.seconds)
-            if done >= 1 or stop:
-                interrupted = done < 1
+            if done >= 1 or stop or enough:
+                interrupted = done < 1 and not enough
                 break
             journal.note(learner.step(batch, done))
             if time.monotonic() - saved > options.checkpoint_every:
@@ -216,10 +217,11 @@ def _accelerator(given: object) -> "Accelerator":
     return accelerator
 
 
-def _agreed(accelerator: "Accelerator", seconds: float, stop: bool) -> tuple[float, bool]:
+def _agreed(accelerator: "Accelerator", seconds: float, stop: bool, enough: bool) -> tuple[float, bool, bool]:
     """The main process's clock and whether any wants to stop: one that stopped alone would leave the others waiting."""
     if accelerator.num_processes == 1:
-        return seconds, stop
-    said = torch.tensor([seconds * accelerator.is_main_process, stop], dtype=torch.float64, device=accelerator.device)
-    seconds, stops = cast(Tensor, accelerator.reduce(said, "sum")).tolist()
-    return seconds, stops > 0
+        return seconds, stop, enough
+    said = [seconds * accelerator.is_main_process, stop, enough]
+    heard = accelerator.reduce(torch.tensor(said, dtype=torch.float64, device=accelerator.device), "sum")
+    seconds, stops, enoughs = cast(Tensor, heard).tolist()
+    return seconds, stops > 0, enoughs > 0

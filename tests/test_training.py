@@ -737,6 +737,17 @@ def test_the_callback_sees_the_records_and_the_average(tmp_path: Path) -> None:
     assert same(weights(alone), weights(model))
 
 
+def test_a_callback_ends_the_run(tmp_path: Path) -> None:
+    model, whole = fresh(), fresh()
+    report = train(model, callback=lambda record, average: record["step"] >= 3, checkpoint=tmp_path)
+    assert (report.steps, report.interrupted) == (3, False)
+    assert [record["step"] for record in report.records] == [1, 2, 3]
+    # What it leaves is a run cut after three of eight steps, which may still go on.
+    train(model, checkpoint=tmp_path)
+    train(whole)
+    assert same(weights(model), weights(whole))
+
+
 def test_residuals_of_the_bands() -> None:
     model, seen = fresh(), list[Tensor]()
 
@@ -959,7 +970,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str) 
         ({"log": 3}, TypeError, "log must be a path, got 3"),
         ({"log": "."}, ValueError, "log must be a file, got the folder ."),
         ({"augment": "flip"}, TypeError, "augment must be a callable (batch, generator) -> batch, got 'flip'"),
-        ({"callback": "print"}, TypeError, "callback must be a callable (record, model) -> None, got 'print'"),
+        ({"callback": "print"}, TypeError, "callback must be a callable (record, model) -> stop, got 'print'"),
         ({"clock": 0}, TypeError, "clock must be a callable () -> seconds, got 0"),
         ({"settings": "flip"}, TypeError, "settings must be a Mapping, got str"),
         ({"settings": {"a": waves()}}, TypeError, "settings holds Tensor, which JSON cannot hold"),
