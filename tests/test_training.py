@@ -815,6 +815,19 @@ def test_evaluate_against_direct_computation(is_complex: bool) -> None:
     )
 
 
+def test_bits_per_dimension_are_those_of_the_bins() -> None:
+    model, width = fresh(sigma=0.8).double().requires_grad_(False), 0.01
+    for parameter in model.parameters():
+        parameter.zero_()
+    # What is left is N(0, σ²), of which each bin has its mass.
+    data = (torch.randn(20, 1, 4, dtype=torch.float64, generator=seeded()) / width).round() * width
+    density = Normal(torch.zeros((), dtype=torch.float64), 0.8)
+    mass = density.cdf(data + width / 2) - density.cdf(data - width / 2)
+    found = evaluate(model, data, bin_width=width)
+    assert found["bits"] == pytest.approx(float(-mass.log2().mean()), rel=1e-5)
+    assert "bits" not in evaluate(model, data)
+
+
 # Mixed precision and several processes.
 
 
@@ -1131,6 +1144,7 @@ def test_training_needs_no_mode(mode: Callable[[], Any]) -> None:
         ({"batch_size": "3"}, TypeError, "batch_size must be an integer, got '3'"),
         ({"batch_size": 2.0}, TypeError, "batch_size must be an integer, got 2.0"),
         ({"seed": None}, TypeError, "seed must be an integer, got None"),
+        ({"bin_width": 0}, ValueError, "bin_width must be positive and finite, got 0"),
         ({"seed": 2**64}, ValueError, "seed must be below 2^64, got 18446744073709551616"),
     ],
 )
