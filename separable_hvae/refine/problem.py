@@ -11,6 +11,7 @@ where the size of the second derivative counts: a loss that is not convex bends 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -99,6 +100,11 @@ class Problem:
             for a, b in zip(here.whitened, there.whitened, strict=True):
                 total = total + ((b - a) / rows(step, a)).square().flatten(1).sum(1)
         return total
+
+    @cached_property
+    def preconditioner(self) -> Tensor:
+        """Variance of each latent, as :func:`joined`: ``(B, n)``."""
+        return joined(self.spread).square()
 
     def settle(self, latents: list[Tensor], done: int) -> list[Tensor]:
         """Where the latents go on from after ``done`` steps."""

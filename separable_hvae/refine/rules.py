@@ -154,7 +154,7 @@ class _Point(NamedTuple):
     def at(cls, problem: Problem, latents: list[Tensor], before: "_Point | None") -> "_Point":
         gradient = joined(problem.gradient(latents))
         assert problem.terms is not None
-        preconditioned = joined(problem.spread).square() * gradient
+        preconditioned = problem.preconditioner * gradient
         direction = -preconditioned
         if before is not None:
             # Polak–Ribière, and steepest descent where that would not descend.
