@@ -105,7 +105,7 @@ class DataTerm(ABC):
 
     @abstractmethod
     def guess(self, model: HVAE) -> Tensor:
-        """Signals ``(B, C, *size)`` for the encoder to look at, in the model's precision and on its device.
+        """Signals ``(B, C, *size)`` for the encoder to look at, on the model's device.
 
         Raises:
             TypeError: If what is known has a dtype that does not fit the model.
