@@ -46,8 +46,7 @@ class Journal:
         (before, then), now = self._last, (self.learner.state.step, self.options.clock())
         self._last = now
         signals = (now[0] - before) * batch * int(self.learner.accelerator.num_processes)
-        # A coarse clock may stand still.
-        return signals / max(now[1] - then, sys.float_info.epsilon)
+        return signals / (now[1] - then) if now[1] > then else 0.0  # A coarse clock may stand still.
 
     def _write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
