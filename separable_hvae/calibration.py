@@ -14,7 +14,7 @@ which they have to pay for with their KL. Where it is a few nats for a whole sig
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,35 +61,45 @@ class BandMoments:
         return math.sqrt(max(self.square - centre, 0.0)) if self.square - centre > 1e-14 * centre else 0.0
 
 
-def moments_of(data: Tensor | Iterable[Tensor], decomp: Decomposition, device: torch.device) -> list[BandMoments]:
-    """Moments of each band, coarse to fine, and last of the signals as real numbers.
+def batches_of(
+    data: Tensor | Iterable[Tensor], decomp: Decomposition, device: torch.device, batch_size: int = 256
+) -> Iterator[Tensor]:
+    """Signals in batches ``(B, C, *size)`` that have been checked.
 
     Args:
-        data: Signals ``(N, C, *size)``, or batches of them.
+        data: Signals ``(N, C, *size)``, or batches of them, which stay as they are.
         decomp: The decomposition.
-        device: Where to compute.
+        device: Where they go.
+        batch_size: Signals in each batch of a tensor.
 
     Raises:
         TypeError: If ``data`` are of another kind.
         ValueError: If they do not fit the decomposition, are none or not finite.
     """
     if isinstance(data, Tensor):
-        data = data.split(256) if data.ndim else [data]
+        data = data.split(batch_size) if data.ndim else [data]
     try:
         batches = iter(data)
     except TypeError:
         kind = type(data).__name__
         raise TypeError(f"data must be a tensor (N, C, *size) or an iterable of such batches, got {kind}") from None
-    moments: list[BandMoments] = []
+    count = 0
     for batch in batches:
         x = decomp.check_signal(batch, "data").to(device)
         check_finite("data", x)
-        if len(x):
-            with full_precision(x.device):
-                here = [BandMoments.of(part) for part in (*decomp.checked_analysis(x), pack(x))]
-            moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
-    if not moments:
+        count += len(x)
+        yield x
+    if not count:
         raise ValueError("data must hold at least one signal")
+
+
+def moments_of(data: Tensor | Iterable[Tensor], decomp: Decomposition, device: torch.device) -> list[BandMoments]:
+    """Moments of each band, coarse to fine, and last of the signals as real numbers, see :func:`batches_of`."""
+    moments: list[BandMoments] = []
+    for x in batches_of(data, decomp, device):
+        with full_precision(x.device):
+            here = [BandMoments.of(part) for part in (*decomp.checked_analysis(x), pack(x))]
+        moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
     return moments
 
 

@@ -8,28 +8,35 @@ With uniform noise of width Δ added to the signals this is an upper bound of �
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from separable_hvae.calibration import batches_of
 from separable_hvae.checks import check_instance, check_integer, check_number, check_seed
 from separable_hvae.hvae import HVAE
-from separable_hvae.signals import check_finite, pack
+from separable_hvae.signals import pack
 
 _ACTIVE_NATS = 0.01
 
 
 @torch.no_grad()
 def evaluate(
-    model: HVAE, data: Tensor, *, batch_size: int = 256, seed: int = 0, bin_width: float | None = None
+    model: HVAE,
+    data: Tensor | Iterable[Tensor],
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    bin_width: float | None = None,
 ) -> dict[str, Any]:
     """Measure a model on held-out signals, with posterior samples.
 
     Args:
         model: The model; its mode is left as it was.
-        data: Signals ``(N, C, *size)``.
-        batch_size: Signals in each pass.
+        data: Signals ``(N, C, *size)``, or batches of them, such as those of a ``DataLoader``.
+        batch_size: Signals in each pass, where ``data`` are one tensor.
         seed: Seed of the posterior samples.
         bin_width: Distance of neighbouring values of discrete signals, in the data's units: of 8-bit pixels
             scaled to [-1, 1], 2/255.
@@ -38,9 +45,9 @@ def evaluate(
         ``objective`` (½·SE/σ² + KL) and ``loss`` (−ELBO), both in nats/dim; ``mse`` of the posterior
         sample and ``mse_mean`` of the posterior mean, in the data's units; ``kl`` per layer in nats;
         ``active_units``, the number of latents whose mean KL exceeds 0.01 nats, and ``units``; ``residual``,
-        the root mean square error of each band of the posterior sample, in the data's units. With ``bin_width`` also
-        ``bits``, (loss − ln bin_width) / ln 2 for each dimension: a bound where ``data`` carry uniform noise
-        of a bin's width, else an approximation that is good where ``sigma`` is well above it.
+        the root mean square error of each band of the posterior sample, in the data's units. With
+        ``bin_width`` also ``bits``, (loss − ln bin_width) / ln 2 for each dimension: a bound where ``data``
+        carry uniform noise of a bin's width, else an approximation that is good where ``sigma`` is well above it.
 
     Raises:
         TypeError: If an argument has the wrong type, or the data's dtype does not fit the model.
@@ -50,10 +57,10 @@ def evaluate(
     batch_size, seed = check_integer("batch_size", batch_size, 1), check_seed("seed", seed)
     if bin_width is not None:
         bin_width = check_number("bin_width", bin_width, "positive and finite")
-    check_finite("data", model.decomp.check_signal(data, "data"))
+    batches = batches_of(data, model.decomp, model.start.device, batch_size)
     was_training = model.training
     try:
-        found = _measure(model.eval(), data, batch_size, torch.Generator(model.start.device).manual_seed(seed))
+        found = _measure(model.eval(), batches, torch.Generator(model.start.device).manual_seed(seed))
     finally:
         model.train(was_training)
     if bin_width is not None:
@@ -61,13 +68,13 @@ def evaluate(
     return found
 
 
-def _measure(model: HVAE, data: Tensor, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
-    loss, mse, mse_mean, cpu = 0.0, 0.0, 0.0, torch.device("cpu")
+def _measure(model: HVAE, batches: Iterable[Tensor], generator: torch.Generator) -> dict[str, Any]:
+    n, loss, mse, mse_mean, cpu = 0, 0.0, 0.0, 0.0, torch.device("cpu")
     layers = torch.zeros(model.depth, dtype=torch.float64, device=cpu)
     residuals = torch.zeros(len(model.subsets), dtype=torch.float64, device=cpu)
     units: list[Tensor] = []
-    for start in range(0, len(data), batch_size):
-        x = model.decomp.check_signal(data[start : start + batch_size].to(model.start.device))
+    for x in batches:
+        n += len(x)
         seen = model.observe(x)
         passes = model.top_down([None] * model.depth, len(x), seen, generator=generator)
         result = model.result(passes, x.dtype, seen.x)
@@ -82,7 +89,7 @@ def _measure(model: HVAE, data: Tensor, batch_size: int, generator: torch.Genera
         pairs = [(q, p) for step in passes for q, p in zip(step.posteriors, step.priors, strict=True) if q is not None]
         batch_units = [q.kl_elements(p).sum(0).flatten() for q, p in pairs]
         units = [u + b for u, b in zip(units, batch_units, strict=True)] if units else batch_units
-    n, numel = len(data), model.decomp.numel
+    numel = model.decomp.numel
     log_sigma = float(model.sigma.log())
     constants = log_sigma + 0.5 * math.log(2 * math.pi)
     return {

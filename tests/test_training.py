@@ -815,6 +815,13 @@ def test_evaluate_against_direct_computation(is_complex: bool) -> None:
     )
 
 
+def test_evaluate_takes_batches() -> None:
+    model = tiny(FFT1Real(4, scales=[1, 4]))
+    expected = evaluate(model, waves(), batch_size=16)
+    assert evaluate(model, iter(waves().split(16))) == expected
+    assert evaluate(model, DataLoader(cast(Any, Waves(waves())), batch_size=16)) == expected
+
+
 def test_bits_per_dimension_are_those_of_the_bins() -> None:
     model, width = fresh(sigma=0.8).double().requires_grad_(False), 0.01
     for parameter in model.parameters():
@@ -1139,6 +1146,8 @@ def test_training_needs_no_mode(mode: Callable[[], Any]) -> None:
         ({"data": waves()[..., :3]}, ValueError, "data must have shape (B, 1, 4), got (40, 1, 3)"),
         ({"data": waves() + 0j}, TypeError, "data must be real floating-point for FFT1Real, got torch.complex64"),
         ({"data": waves() / 0}, ValueError, "data must be finite, got NaN or infinity"),
+        ({"data": []}, ValueError, "data must hold at least one signal"),
+        ({"data": 3}, TypeError, "data must be a tensor (N, C, *size) or an iterable of such batches, got int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": -1}, ValueError, "batch_size must be at least 1, got -1"),
         ({"batch_size": "3"}, TypeError, "batch_size must be an integer, got '3'"),
