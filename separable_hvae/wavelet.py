@@ -12,14 +12,15 @@ the scale s with s_prev < n ≤ s; the last averages belong to the coarsest scal
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import pywt
 import torch
 from ptwt.constants import WaveletTensorTuple
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import override
 
 from separable_hvae.decomposition import Decomposition, sides, transform
@@ -29,30 +30,53 @@ _DENSE = 512  # Points up to which W_n is a dense matrix.
 _MAX_DEFECT = 1e-6
 
 
-@lru_cache(maxsize=256)
-def _matrix(wavelet: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+@lru_cache(maxsize=512)
+def _matrix(wavelet: str, n: int, dtype: torch.dtype, device: torch.device, transposed: bool = False) -> Tensor:
     """The orthogonal matrix W_n, sparse for large n. Not a buffer: a cast would break its accuracy."""
-    with torch.inference_mode(False), torch.device("cpu"):
+    # Whoever asks first may be tracing, but everybody gets what is made here.
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
         filters = WaveletTensorTuple.from_wavelet(pywt.Wavelet(wavelet), torch.float64)
         length = len(filters.dec_lo)
         k, j = torch.meshgrid(torch.arange(n // 2), torch.arange(length), indexing="ij")
         column = ((2 * k + length // 2 - j) % n).flatten()
         index = torch.stack([torch.cat([k.flatten(), k.flatten() + n // 2]), column.repeat(2)])
         values = torch.cat([filters.dec_lo.expand(n // 2, -1).flatten(), filters.dec_hi.expand(n // 2, -1).flatten()])
+        if transposed:
+            index = index.flip(0)
         matrix = torch.sparse_coo_tensor(index, values, (n, n), check_invariants=False).coalesce()
         return (matrix.to_dense() if n <= _DENSE else matrix).to(device, dtype)
 
 
-@lru_cache(maxsize=256)
-def _transposed(wavelet: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        matrix = _matrix(wavelet, n, dtype, device)
-        return matrix.t().coalesce() if matrix.is_sparse else matrix.t().contiguous()
+class _SparseProduct(torch.autograd.Function):
+    """``A x`` for a sparse A. Autograd's own gradient would sort the transpose anew each time."""
+
+    @staticmethod
+    @override
+    def forward(matrix: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
+        return matrix @ x
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.matrix, ctx.transposed, _ = inputs
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, _sparse_product(ctx.transposed, ctx.matrix, gradient)
 
 
-def _along(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
+_sparse_product = cast(Callable[[Tensor, Tensor, Tensor], Tensor], _SparseProduct.apply)
+
+
+def _along(wavelet: str, x: Tensor, axis: int, *, transposed: bool = False) -> Tensor:
+    """Multiply an axis by W_n, or by its transpose."""
     moved = x.movedim(axis, 0)
-    return (matrix @ moved.flatten(1)).reshape(moved.shape).movedim(0, axis)
+    columns = moved.flatten(1)
+    kind = wavelet, len(moved), x.dtype, x.device
+    matrix = _matrix(*kind, transposed)
+    product = _sparse_product(matrix, _matrix(*kind, not transposed), columns) if matrix.is_sparse else matrix @ columns
+    return product.reshape(moved.shape).movedim(0, axis)
 
 
 def _halvings(size: Sequence[int]) -> int:
@@ -141,8 +165,7 @@ class _Wavelet(Decomposition):
         half = [y]
         for axis, n in enumerate(y.shape[2:], start=2):
             if n > 1:
-                matrix = _matrix(self.wavelet, n, y.dtype, y.device)
-                half = [block for part in half for block in _along(matrix, part, axis).chunk(2, axis)]
+                half = [block for part in half for block in _along(self.wavelet, part, axis).chunk(2, axis)]
         return half[0], torch.cat(half[1:], dim=1)
 
     def _merge(self, average: Tensor, details: Tensor, points: tuple[int, ...]) -> Tensor:
@@ -150,10 +173,8 @@ class _Wavelet(Decomposition):
         blocks = [average, *details.chunk(self._half(points)[1], dim=1)]
         for axis, n in reversed(list(enumerate(points, start=2))):
             if n > 1:
-                matrix = _transposed(self.wavelet, n, average.dtype, average.device)
-                blocks = [
-                    _along(matrix, torch.cat(pair, axis), axis) for pair in zip(blocks[::2], blocks[1::2], strict=True)
-                ]
+                pairs = [torch.cat(pair, axis) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
+                blocks = [_along(self.wavelet, pair, axis, transposed=True) for pair in pairs]
         return blocks[0]
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:

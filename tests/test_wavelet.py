@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from ptwt.conv_transform_2 import wavedec2
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from separable_hvae import HVAE, Wavelet1, Wavelet2, Wavelet3
 from separable_hvae.wavelet import _Wavelet
+from tests.test_hvae import seeded
 from tests.zoo import error, random_bands, signal
 
 KINDS = {1: Wavelet1, 2: Wavelet2, 3: Wavelet3}
@@ -139,6 +141,31 @@ def test_sizes_that_cannot_be_halved(
 ) -> None:
     with pytest.raises(ValueError, match=r"size \(.*\) cannot be halved: .* every axis longer than 1 to be even"):
         kind(size)
+
+
+def test_a_transform_that_is_traced_first_leaves_real_numbers_to_others() -> None:
+    """Traces run on tensors without numbers, and matrices serve everybody."""
+    decomp = Wavelet1(26, "sym5")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decomp.analysis(torch.zeros(1, 1, 26))
+    x = signal(decomp, dtype=torch.float32)
+    torch.testing.assert_close(decomp.synthesis(decomp.analysis(x)), x)
+
+
+def test_long_axes_have_gradients_of_their_own() -> None:
+    """Beyond 512 points matrices are sparse: the gradient is the transpose's product, to any order."""
+    decomp = Wavelet1(1024, "db2", scales=[512, 1024])
+    x, h = (signal(decomp, 1).double().requires_grad_() for _ in range(2))
+    given = torch.randn(1, 1, 512, generator=seeded(), dtype=torch.float64)
+
+    def energy(x: Tensor) -> Tensor:
+        return (decomp.analysis(x)[-1] * given).square().sum() / 2
+
+    (first,) = torch.autograd.grad(energy(x), x, create_graph=True)
+    wanted = decomp.synthesis([None, decomp.analysis(x)[-1] * given.square()])
+    torch.testing.assert_close(first, wanted)
+    (second,) = torch.autograd.grad(first, x, h.detach())
+    torch.testing.assert_close(second, decomp.synthesis([None, decomp.analysis(h)[-1] * given.square()]))
 
 
 def test_scales_that_skip_levels_gather_them() -> None:
