@@ -23,7 +23,7 @@ from torch import Tensor
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.signals import check_finite, full_precision, pack
 
-_FAR_ABOVE = 10.0
+_FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
 _WORTH_LEARNING = 10.0  # Nats.
 
 
@@ -110,22 +110,32 @@ def units(moments: Sequence[BandMoments]) -> list[float]:
     return [m.deviation if m.deviation > rounding else 1.0 for m in moments]
 
 
-def warn_of_large_sigma(sigma: float, signals: BandMoments) -> None:
-    """Warn if the likelihood's deviation hides all that signals have to say.
+def warn_of_sigma(least: float, most: float, signals: BandMoments) -> None:
+    """Warn if the likelihood's deviation hides all that signals have to say, or hangs on their every trifle.
 
-    It has to be ten times the signals' own, *and* leave less than ten nats for a whole signal: a few bright points
-    on black, or one smooth offset, deviate little on average and can be learnt all the same.
+    To hide it, it has to be ten times the signals' own, *and* leave less than ten nats for a whole signal: a few
+    bright points on black, or one smooth offset, deviate little on average and can be learnt all the same. Below
+    a two-hundredth of the signals' own, it is finer than half a grey level of most 8-bit images.
 
     Args:
-        sigma: Standard deviation of the likelihood, the least one if it is learned.
+        least: Least standard deviation of the likelihood: it may be learned.
+        most: Greatest standard deviation of the likelihood.
         signals: Moments of the signals as real numbers.
     """
     deviation = signals.deviation
-    worth = 0.5 * signals.mean.numel() * (deviation / sigma) ** 2
-    if 0 < _FAR_ABOVE * deviation < sigma and worth < _WORTH_LEARNING:
+    worth = 0.5 * signals.mean.numel() * (deviation / least) ** 2
+    if 0 < _FAR_ABOVE * deviation < least and worth < _WORTH_LEARNING:
         warnings.warn(
-            f"sigma is {sigma:.2g}, but the data deviate from their mean by only {deviation:.2g}: latents could tell "
+            f"sigma is {least:.2g}, but the data deviate from their mean by only {deviation:.2g}: latents could tell "
             f"at most {worth:.2g} nats of a signal, so that next to nothing will be learnt; rescale the data to a "
             "deviation near 1, or pass a smaller sigma, a tenth of their deviation to begin with",
+            stacklevel=4,
+        )
+    if most * _FAR_BELOW < deviation:
+        warnings.warn(
+            f"sigma is {most:.2g}, but the data deviate from their mean by {deviation:.2g}: errors of a tenth of that "
+            f"cost {0.5 * (0.1 * deviation / most) ** 2:.2g} nats in each dimension, beside which the KL, and so the "
+            "priors, hardly count; rescale the data to a deviation near 1, or pass a larger sigma, a tenth of their "
+            "deviation to begin with",
             stacklevel=4,
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.blocks import Encoder
-from separable_hvae.calibration import BandMoments, moments_of, units, warn_of_large_sigma
+from separable_hvae.calibration import BandMoments, moments_of, units, warn_of_sigma
 from separable_hvae.checks import (
     check_flag,
     check_generator,
@@ -417,7 +417,8 @@ class HVAE(Pretrained, nn.Module):
     def calibrate(self, data: Tensor | Iterable[Tensor]) -> None:
         """Standardise bands by their mean and deviation over ``data``, signals or batches of them.
 
-        Warns if ``sigma`` is so far above the data's own deviation that there is nothing to learn.
+        Warns if ``sigma`` is so far above the data's own deviation that there is nothing to learn, or so far
+        below it that nothing but the error counts.
 
         Raises:
             ValueError: If the model was built under ``torch.inference_mode``.
@@ -427,7 +428,7 @@ class HVAE(Pretrained, nn.Module):
         self._standardise(bands)
         self.calibrated.fill_(_WARM_UP_BATCHES)
         is_learned = isinstance(self.log_sigma, nn.Parameter)
-        warn_of_large_sigma(_SIGMA_RANGE[0] if is_learned else float(self.sigma), signals)
+        warn_of_sigma(*(_SIGMA_RANGE if is_learned else (float(self.sigma),) * 2), signals)
 
     @torch.no_grad()
     def _observe_bands(self, seen: Observation) -> None:

@@ -69,7 +69,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 
 ROOM: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
     "images": (lambda x: 0.5 * x, 0.1),
-    "large numbers": (lambda x: 100 * x, 0.1),
+    "large numbers": (lambda x: 100 * x, 1.0),
     "a tenth of sigma": (lambda x: 0.011 * x, 0.1),
     "one smooth offset": (lambda x: 0.02 * x[..., :1, :1].expand_as(x), 0.25),
     "a few bright points": (lambda x: 1.0 * (x > 3.4), 0.2),
@@ -107,6 +107,19 @@ def test_a_sigma_far_above_the_data_is_named(kind: Any, make: Callable[[Tensor],
     with pytest.warns(UserWarning, match=re.escape(named) + ".*rescale the data .* or pass a smaller sigma") as warned:
         model.calibrate(x.split(20))
     assert [w.filename for w in warned] == [__file__]
+
+
+@pytest.mark.parametrize("scale", [64.0, 6.0])
+def test_a_sigma_far_below_the_data_is_named(scale: float) -> None:
+    x = scale * torch.randn(48, 1, 8, generator=seeded()) + 2 * scale
+    deviation = float((x - x.mean(0)).square().mean().sqrt())
+    tiny(FFT1Real(8), sigma=0.1 if scale < 20 else "learned").calibrate(x)
+    model = tiny(FFT1Real(8), sigma=0.1 * scale / 64)
+    # What the model's own likelihood says of such an error.
+    worth = float(model.data_nll(x + 0.1 * deviation, x).sub(model.data_nll(x, x)).mean()) / 8
+    named = f"sigma is {0.1 * scale / 64:.2g}, but the data deviate from their mean by {deviation:.2g}: "
+    with pytest.warns(UserWarning, match=f"{re.escape(named)}.* cost {re.escape(f'{worth:.2g}')} nats.* larger sigma"):
+        model.calibrate(x)
 
 
 def layer_passes(model: HVAE, run: Callable[[], object]) -> list[LayerPass]:
@@ -734,7 +747,7 @@ def test_lazily_conjugated_signals() -> None:
 
 @pytest.mark.parametrize("make", [lambda: FFT2Complex(6), lambda: Wavelet2(8, "db2"), lambda: Identity((7,))])
 def test_large_data_look_to_the_encoder_as_ordinary_ones_do(make: Make) -> None:
-    model = tiny(make()).double()
+    model = tiny(make(), sigma="learned").double()
     x = signal(model.decomp, 20) + 3
     seen = []
     for factor in (0.3, 1e2, 1e4):
