@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from separable_hvae.heads import HEADS, ScaleHead
 from separable_hvae.latents import complete, require_all
 from separable_hvae.result import Result
 from separable_hvae.saving import Pretrained
-from separable_hvae.signals import check_finite, full_precision, pack
+from separable_hvae.signals import check_finite, full_precision, pack, widen
 from separable_hvae.subset import Evidence, Subset, SubsetPass
 
 __all__ = ["HVAE", "Observation", "Result"]
@@ -217,6 +217,19 @@ class HVAE(Pretrained, nn.Module):
     def precision(self) -> torch.dtype:
         """The real dtype of everything outside the networks: float32, or float64 in a float64 model."""
         return torch.float64 if self.start.dtype == torch.float64 else torch.float32
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the units of the data in float32 at least: half precision is for networks."""
+        owners: list[tuple[nn.Module, str]] = [(self, "log_sigma")]
+        owners += [(subset, name) for subset in self.subsets for name in ("centre", "unit")]
+        before = [cast(Tensor, getattr(owner, name)).detach() for owner, name in owners]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for (owner, name), exact in zip(owners, before, strict=True):
+            now = cast(Tensor, getattr(owner, name))
+            if widen(now).dtype != now.dtype:
+                now.data = exact.to(now.device)
+        return self
 
     def require_autograd(self) -> None:
         """Raise a ``ValueError`` if tensors of the model are of inference mode, which autograd cannot use."""

@@ -540,6 +540,21 @@ def test_the_output_has_the_inputs_dtype(make: Make, model_dtype: torch.dtype, w
     assert bool(torch.isfinite(real(model.sample(2))).all())
 
 
+@pytest.mark.parametrize("sigma", [0.0123, "learned"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_for_networks(dtype: torch.dtype, sigma: Any) -> None:
+    """Means, deviations and σ keep their digits, so that likelihoods keep their constants."""
+    model = tiny(Wavelet2(8), sigma=sigma)
+    x = signal(model.decomp, 4, dtype=torch.float32)
+    model.calibrate(x)
+    kept = {k: v.clone() for k, v in model.state_dict().items() if k.split(".")[-1] in ("centre", "unit", "log_sigma")}
+    likelihood = model.data_nll(0.9 * x, x)
+    assert model.to(dtype).start.dtype == dtype
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in kept.items())
+    assert torch.equal(model.data_nll(0.9 * x, x), likelihood)
+    assert model.double().sigma.dtype == torch.float64
+
+
 def test_autocast_trains_in_low_precision_and_transforms_in_full() -> None:
     model = tiny(FFT2Real(8)).train()
     x = signal(model.decomp, dtype=torch.float32)
