@@ -1,22 +1,29 @@
 """However the pieces run, the result is the same."""
 
+import copy
 import itertools
+import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from separable_hvae import HVAE, DataTerm, FFT1Real, Identity, KnownBands, MAPRefiner, Measurement, Result, Signal
 from separable_hvae.data_terms import BoundTerm, Misfit
 from separable_hvae.hvae import Observation
-from separable_hvae.refine import Compiled, CudaGraphs, Eager, graphs
+from separable_hvae.refine import Compiled, CudaGraphs, Eager, Execution, graphs
+from separable_hvae.refine.execution import Function
 from tests.test_hvae import tiny
 from tests.test_inverse import terms
 from tests.test_refine import assert_equal, few
@@ -218,11 +225,15 @@ class Recording:
 
     def __init__(self) -> None:
         self.replays = 0
+        self.shares: Recording | None = None
         self.again: Callable[[], Any]
 
     def replay(self) -> None:
         self.replays += 1
         self.again()
+
+    def pool(self) -> "Recording":
+        return self
 
 
 class Stream:
@@ -248,9 +259,14 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     def nothing(*_: Any) -> Iterator[None]:
         yield
 
+    @contextmanager
+    def capture(graph: Recording, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        graph.shares = pool
+        yield
+
     class Again(graphs.Recording):
-        def __init__(self, function: graphs.Function, tensors: Any) -> None:
-            super().__init__(function, tensors)
+        def __init__(self, function: Function, *rest: Any) -> None:
+            super().__init__(function, *rest)
 
             def again() -> None:
                 leaves, _ = pytree.tree_flatten(function(self.inputs))
@@ -275,8 +291,11 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    for name in ("graph", "device"):
-        monkeypatch.setattr(torch.cuda, name, nothing)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", nothing)
+    modes: list[int | str] = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     return made
 
 
@@ -311,6 +330,90 @@ def test_pieces_of_a_step_wait_for_the_step_before_and_not_for_one_another(recor
     works = [work for work, _ in entered]
     for i, (_, before) in enumerate(entered):
         assert before & set(works) == set(works[: i - i % 2])
+
+
+def test_what_looks_at_values_is_refused_before_it_is_recorded(
+    recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looks(h_hat: Tensor, h: Tensor) -> Tensor:
+        if torch.cuda.get_sync_debug_mode() == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return (h_hat - h).square().flatten(1).sum(1)
+
+    monkeypatch.setattr(torch.cuda, "graph", None)
+    model = few()
+    with pytest.raises(RuntimeError, match=r"looks at tensors' values.*execution='eager' runs it"):
+        MAPRefiner(1, loss=looks, execution=CudaGraphs())(model, signal(model.decomp))
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_the_recordings_used_last_are_kept(recordings: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_MOST", 2)
+    model = few()
+    x, refiner = signal(model.decomp, 3), MAPRefiner(1, execution=CudaGraphs())
+    for batch, count in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
+        refiner(model, x[:batch])
+        assert len(recordings) == count
+    # Each shares the memory of one that was kept.
+    assert [recording.shares for recording in recordings] == [None, *recordings[:3]]
+
+
+def test_threads_take_turns_with_recordings(recordings: list[Recording]) -> None:
+    busy = Lock()
+
+    def loss(h_hat: Tensor, h: Tensor) -> Tensor:
+        assert busy.acquire(blocking=False)
+        try:
+            return (h_hat - h).square().flatten(1).sum(1)
+        finally:
+            time.sleep(1e-3)
+            busy.release()
+
+    model = few()
+    xs = [signal(model.decomp, batch) for batch in (2, 3)]
+    refiner = MAPRefiner(2, loss=loss, execution=CudaGraphs())
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(partial(refiner, model), xs))
+    for x, result in zip(xs, results, strict=True):
+        assert_same(result, MAPRefiner(2, loss=loss)(model, x))
+    assert len(recordings) == 2
+
+
+@pytest.mark.parametrize("execution", [Compiled(threads=1), CudaGraphs(whole=False)], ids=["compiled", "graphs"])
+def test_weights_may_be_parametrized_and_modules_replaced(
+    execution: Execution, recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_: graph)
+    model = few()
+    x = signal(model.decomp, 3)
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: weight_norm(model.subsets[1].layers[0].inject),
+        lambda: setattr(model.subsets[1], "head", few(seed=1).subsets[1].head),
+    ]
+    for change in changes:
+        change()
+        assert_same(MAPRefiner(2, execution=execution)(model, x), MAPRefiner(2)(model, x), 1e-9)
+
+
+@pytest.mark.parametrize("execution", [Eager(), Compiled(threads=1), CudaGraphs(whole=False)], ids=str)
+def test_refiners_travel_without_what_was_compiled_or_recorded(
+    execution: Execution, recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, *_: graph)
+    model, refiner = few(), MAPRefiner(1, execution=execution)
+    x = signal(model.decomp)
+    expected = refiner(model, x)
+    for other in (
+        copy.copy(execution),
+        copy.deepcopy(refiner).execution,
+        pickle.loads(pickle.dumps(refiner)).execution,
+    ):
+        assert type(other) is type(execution)
+        assert not any(isinstance(value, dict) and value for value in vars(other).values())
+        settings = ("threads", "whole", "compiled")
+        assert [getattr(other, s, None) for s in settings] == [getattr(execution, s, None) for s in settings]
+        assert_same(MAPRefiner(1, execution=other)(model, x), expected)
 
 
 @dataclass(frozen=True)

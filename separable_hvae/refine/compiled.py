@@ -5,8 +5,6 @@ lives. Nothing is compiled unless it is asked for.
 """
 
 import logging
-import math
-import operator
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing_extensions import override
 
 from separable_hvae.refine.execution import Gradient, Threaded, precision, signature
 from separable_hvae.refine.pieces import Call, Outcome
+from separable_hvae.refine.weights import Weights, plain
 
 
 class Compiled(Threaded):
@@ -38,6 +37,11 @@ class Compiled(Threaded):
     def __init__(self, threads: int | None = None) -> None:
         super().__init__(threads)
         self._compiled: dict[Hashable, _CompiledCall] = {}
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Code stays with the process that compiled it.
+        return type(self), (self.threads,)
 
     @override
     def gradients(self, calls: Sequence[Call]) -> list[Gradient]:
@@ -61,44 +65,6 @@ class Compiled(Threaded):
         return self._compiled[key], call
 
 
-Place = tuple[dict[str, Any], str]
-"""Where a model keeps a parameter or buffer: the dictionary that holds it, and its key there."""
-
-
-class _Weights:
-    """Parameters and buffers that compiled code reads, where the model keeps them: they may be replaced there.
-
-    Args:
-        places: Where they are.
-
-    Attributes:
-        plain: The tensors as code takes them.
-    """
-
-    def __init__(self, places: Sequence[Place]) -> None:
-        self._places = list(places)
-        self._look()
-        self._kinds = [(t.dtype, t.device, t.stride()) for t in self._tensors]
-
-    def _look(self) -> None:
-        self._tensors = [own[key] for own, key in self._places]
-        self._layout = _layout(self._tensors)
-        self.plain = [_plain(t.detach()) for t in self._tensors]
-
-    def fit(self) -> bool:
-        """Look at what is there now; whether it is still of the kind that code was compiled for."""
-        now = [own[key] for own, key in self._places]
-        if all(map(operator.is_, now, self._tensors)) and _layout(now) == self._layout:
-            return True
-        self._look()
-        return self._kinds == [(t.dtype, t.device, t.stride()) for t in self._tensors]
-
-
-def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Where numbers are, which assigning ``data`` changes without another tensor being there."""
-    return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
-
-
 @dataclass(frozen=True)
 class _CompiledCall:
     """Compiled code with what it reads.
@@ -111,14 +77,14 @@ class _CompiledCall:
     """
 
     code: Callable[..., Any]
-    weights: _Weights
+    weights: Weights
     rest: list[int]
     structure: Any
 
     def __call__(self, call: Call) -> Any:
         given = [*call.moving, *call.held]
         with torch.no_grad():
-            leaves = self.code(*self.weights.plain, *[_plain(given[i].detach()) for i in self.rest])
+            leaves = self.code(*self.weights.plain, *[plain(given[i].detach()) for i in self.rest])
         return pytree.tree_unflatten(list(leaves), self.structure)
 
 
@@ -127,21 +93,21 @@ def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     model = _Holder(call.piece.objective.model)
-    slots = _weight_slots(model)
-    places = list(slots.values())
+    weights = Weights(model)
+    names = weights.names
     structure: list[Any] = []
     count = len(call.moving)
 
     def pure(*tensors: Tensor) -> list[Tensor]:
-        given = dict(zip(slots, tensors[: len(slots)], strict=True))
-        rest = tensors[len(slots) :]
+        given = dict(zip(names, tensors[: len(names)], strict=True))
+        rest = tensors[len(names) :]
         again = call._replace(moving=list(rest[:count]), held=list(rest[count:]))
         result = torch.func.functional_call(model, given, (getattr(again, method),))
         leaves, spec = pytree.tree_flatten(result)
         structure[:] = [spec]
         return leaves
 
-    inputs = _Weights(places).plain + [_plain(t.detach()) for t in [*call.moving, *call.held]]
+    inputs = weights.plain + [plain(t.detach()) for t in [*call.moving, *call.held]]
     with torch.no_grad():
         try:
             graph = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
@@ -165,21 +131,8 @@ def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
                 options["cpp_wrapper_build_separate"] = True
             compiled = inductor(graph, [inputs[i] for i in used], options)
 
-    read = _Weights([places[i] for i in used if i < len(places)])
-    return _CompiledCall(compiled, read, [i - len(places) for i in used if i >= len(places)], structure[0])
-
-
-def _weight_slots(model: nn.Module) -> dict[str, Place]:
-    """Where a model keeps each parameter and buffer, by full name."""
-    slots: dict[str, Place] = {}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for own in (module._parameters, module._buffers):
-            for key, tensor in own.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    slots[f"{prefix}.{key}" if prefix else key] = own, key
-    return slots
+    read = Weights(model, [names[i] for i in used if i < len(names)])
+    return _CompiledCall(compiled, read, [i - len(names) for i in used if i >= len(names)], structure[0])
 
 
 class _Holder(nn.Module):
@@ -212,14 +165,6 @@ def _dense(tensor: Tensor) -> Tensor:
     if channels_last is not None and tensor.is_contiguous(memory_format=channels_last):
         return tensor
     return tensor.contiguous()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor with the usual strides on axes of one point, where any would do: compilers take them literally."""
-    if not tensor.is_contiguous():
-        return tensor
-    strides = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim))
-    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from separable_hvae.signals import float32_settings
 
 T = TypeVar("T")
 Gradient = tuple[list[Tensor], Outcome]
+Function = Callable[[Sequence[Tensor]], Any]
+"""Maps tensors to any structure of tensors."""
 
 
 class Execution(ABC):
@@ -37,9 +39,7 @@ class Execution(ABC):
         """The outcome of each call, without gradients."""
         return [call.value() for call in calls]
 
-    def inference(
-        self, key: Hashable, model: HVAE, infer: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor]
-    ) -> Any:
+    def inference(self, key: Hashable, model: HVAE, infer: Function, tensors: Sequence[Tensor]) -> Any:
         """The result of a whole inference that depends on these tensors, the model, and what ``key`` tells apart."""
         return infer(tensors)
 

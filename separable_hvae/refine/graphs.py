@@ -4,7 +4,10 @@ A recording has memory of its own for what goes in and comes out, serves every l
 shapes, and runs pieces that do not wait for one another on streams of their own.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock, local
 from typing import Any, Literal, cast
 
 import torch
@@ -15,12 +18,13 @@ from typing_extensions import override
 from separable_hvae.checks import check_flag
 from separable_hvae.hvae import HVAE
 from separable_hvae.refine.compiled import Compiled
-from separable_hvae.refine.execution import Eager, Execution, Gradient, precision, signature
+from separable_hvae.refine.execution import Eager, Execution, Function, Gradient, precision, signature
 from separable_hvae.refine.pieces import Call, Outcome
+from separable_hvae.refine.weights import Weights
 
-Function = Callable[[Sequence[Tensor]], Any]
 Method = Literal["gradients", "values"]
 _WARM_UPS = 2
+_MOST = 16
 
 
 class CudaGraphs(Execution):
@@ -29,6 +33,8 @@ class CudaGraphs(Execution):
     Everything from the encoder's activations to the decoded latents, all steps included, is one graph where
     nothing has to look at values on the way. Where something has to (a callback, a tolerance, a budget, a drawn
     start, a :class:`Measurement`), the pieces of a step are one graph, replayed for each step.
+
+    The 16 recordings that were used last are kept. They share memory, so that threads take turns.
 
     Args:
         whole: Whether to record whole inferences; ``False`` records steps alone, which rules and schedules
@@ -44,10 +50,17 @@ class CudaGraphs(Execution):
     def __init__(self, whole: bool = True, compiled: bool = False) -> None:
         check_flag("whole", whole)
         check_flag("compiled", compiled)
-        self.whole = whole
+        self.whole, self.compiled = whole, compiled
         self._pieces = Compiled() if compiled else Eager(threads=1)
         self._recorded: dict[Hashable, Recording] = {}
-        self._inside = False
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._last: dict[torch.device, torch.cuda.Stream] = {}
+        self._turn, self._here = RLock(), _Here()
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Recordings stay with the process that made them.
+        return type(self), (self.whole, self.compiled)
 
     @override
     def gradients(self, calls: Sequence[Call]) -> list[Gradient]:
@@ -62,7 +75,7 @@ class CudaGraphs(Execution):
         return self._replay(("inference", key), model, infer, tensors) if self.whole else infer(tensors)
 
     def _step(self, method: Method, calls: Sequence[Call]) -> Any:
-        if self._inside:
+        if self._here.recording:
             return self._on_streams(method, calls)
         pieces = tuple((call.piece, len(call.moving)) for call in calls)
         tensors, structure = pytree.tree_flatten([(call.moving, call.held) for call in calls])
@@ -77,13 +90,26 @@ class CudaGraphs(Execution):
         device = tensors[0].device
         if not _is_cuda(device):
             raise ValueError(f"CUDA graphs need a model on a CUDA device, got {device}")
-        # A graph reads weights at their addresses: trained in place they serve it, moved they do not.
-        addresses = tuple(t.data_ptr() for t in [*model.parameters(), *model.buffers()])
-        key = (key, signature(tensors), precision(), addresses)
-        with torch.cuda.device(device):
-            if key not in self._recorded:
-                self._recorded[key] = Recording(self._plain(function), tensors)
-            return self._recorded[key](tensors)
+        key = (key, model, signature(tensors), precision())
+        with self._turn, torch.cuda.device(device):
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._last.get(device, current))
+            self._last[device] = current
+            recording = self._recorded.pop(key, None)
+            # A graph reads weights at their addresses: trained in place they serve it, moved they do not.
+            if recording is None or not recording.weights.stayed():
+                recording = self._record(model, function, tensors)
+            self._recorded[key] = recording  # As the one that was used last.
+            if len(self._recorded) > _MOST:
+                del self._recorded[next(iter(self._recorded))]
+            return recording(tensors)
+
+    def _record(self, model: HVAE, function: Function, tensors: Sequence[Tensor]) -> "Recording":
+        device = tensors[0].device
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream()
+        beside = next((r for r in self._recorded.values() if r.inputs[0].device == device), None)
+        return Recording(self._plain(function), tensors, Weights(model), self._streams[device], beside)
 
     def _on_streams(self, method: Method, calls: Sequence[Call]) -> list[Any]:
         """Run pieces at the same time, each on a stream of its own between a fork and a join."""
@@ -105,42 +131,61 @@ class CudaGraphs(Execution):
         """The function with its steps as they are, instead of replayed from other graphs."""
 
         def alone(tensors: Sequence[Tensor]) -> Any:
-            self._inside = True
+            self._here.recording = True
             try:
                 return function(tensors)
             finally:
-                self._inside = False
+                self._here.recording = False
 
         return alone
+
+
+class _Here(local):
+    """What the current thread does."""
+
+    recording = False
 
 
 class Recording:
     """A function of tensors in a CUDA graph of the current device.
 
     Args:
-        function: Maps tensors to any structure of tensors; it must not look at their values.
+        function: What is recorded; it must not look at values.
         tensors: Those that it is recorded with.
+        weights: What else it reads.
+        stream: The stream that it is recorded on, the same for all that share memory.
+        beside: Another recording of this device, to share its memory: none runs while another's results are read.
     """
 
-    def __init__(self, function: Function, tensors: Sequence[Tensor]) -> None:
-        self.inputs = [t.detach().clone() for t in tensors]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def __init__(
+        self,
+        function: Function,
+        tensors: Sequence[Tensor],
+        weights: Weights,
+        stream: torch.cuda.Stream,
+        beside: "Recording | None" = None,
+    ) -> None:
+        self.inputs, self.weights = [t.detach().clone() for t in tensors], weights
+        self.graph = torch.cuda.CUDAGraph()
+        pool = None if beside is None else beside.graph.pool()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):  # Plans and workspaces have to exist before the recording.
                 function(self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph):
-                results = function(self.inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise RuntimeError(
-                "what is to be recorded looks at tensors' values, or moves them between devices: "
-                "execution='eager' runs it, CudaGraphs(whole=False) records the pieces of its steps alone"
-            ) from error
+            try:
+                with _refusing_to_wait():
+                    function(self.inputs)
+                # Other threads, such as those that load data, may allocate meanwhile.
+                with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    results = function(self.inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "what is to be recorded looks at tensors' values, or moves them between devices: "
+                    "execution='eager' runs it, CudaGraphs(whole=False) records the pieces of its steps alone"
+                ) from error
+        torch.cuda.current_stream().wait_stream(stream)
         self.outputs, self.structure = pytree.tree_flatten(results)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
@@ -149,6 +194,19 @@ class Recording:
         self.graph.replay()
         results = [t.clone() if isinstance(t, Tensor) else t for t in self.outputs]
         return pytree.tree_unflatten(results, self.structure)
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Raise an error where Python would wait for the device: within a capture it would leave PyTorch in disorder."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def _is_cuda(device: torch.device) -> bool:
