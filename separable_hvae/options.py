@@ -27,7 +27,7 @@ from separable_hvae.checks import (
     plain,
 )
 from separable_hvae.hvae import HVAE
-from separable_hvae.signals import check_finite
+from separable_hvae.signals import check_finite, widen
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of the checkpoint in its folder."""
@@ -119,7 +119,7 @@ class Options:
         object.__setattr__(self, name, value)
 
     def check_model(self, model: object) -> None:
-        """Require a model that can be trained, and that takes the held-out signals."""
+        """Require a model that can be trained, in float32 at least, and that takes the held-out signals."""
         check_instance("model", model, HVAE)
         assert isinstance(model, HVAE)
         if self.heldout is not None:
@@ -127,6 +127,11 @@ class Options:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model must have parameters to train, got none that requires a gradient")
         model.require_autograd()
+        if widen(model.start).dtype != model.start.dtype:
+            raise ValueError(
+                f"model must be float32 or float64 to be trained, got {model.start.dtype}: averages of weights need "
+                "the digits; train in float32 with Accelerator(mixed_precision='bf16'), and cast it afterwards"
+            )
 
     @property
     def file(self) -> Path | None:

@@ -143,9 +143,9 @@ def fit(
     Raises:
         ImportError: If the extra ``train`` is not installed.
         TypeError: If an argument has the wrong type, or the data's dtype does not fit the model.
-        ValueError: If an option is out of range, the data are empty or not finite, nothing of the model
-            can be trained, or the checkpoint belongs to another model, data or setting, or to a run that
-            trained other parameters of the model.
+        ValueError: If an option is out of range, the data are empty or not finite, the model is of half
+            precision or nothing of it can be trained, or the checkpoint belongs to another model, data or
+            setting, or to a run that trained other parameters of the model.
         OSError: If a record or checkpoint cannot be written; what was written before stays.
         FloatingPointError: If the loss stays non-finite.
     """

@@ -1117,6 +1117,10 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     kinds = (np.int64, np.uint8, np.int64, np.int32, np.float32)
     given = {name: kind(value) for kind, (name, value) in zip(kinds, options.items(), strict=True)}
     train(numpy, settings={"crops": np.int64(3)}, **given)
+    with pytest.raises(
+        ValueError, match=r"model must be float32 or float64 .* got torch\.bfloat16: .*mixed_precision="
+    ):
+        train(fresh().bfloat16())
     assert same(weights(plain), weights(numpy))
     train(numpy, checkpoint=tmp_path, settings={"crops": np.int64(3)}, **given)
     seven, three = cast(Any, np.array([7, 3]))
