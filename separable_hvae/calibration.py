@@ -24,6 +24,7 @@ from separable_hvae.decomposition import Decomposition
 from separable_hvae.signals import check_finite, full_precision, pack
 
 _FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
+_OTHER_UNITS = 10.0
 _WORTH_LEARNING = 10.0  # Nats.
 
 
@@ -138,4 +139,20 @@ def warn_of_sigma(least: float, most: float, signals: BandMoments) -> None:
             "priors, hardly count; rescale the data to a deviation near 1, or pass a larger sigma, a tenth of their "
             "deviation to begin with",
             stacklevel=4,
+        )
+
+
+def warn_of_other_units(magnitude: float, signals: BandMoments) -> None:
+    """Warn if signals are in other units than those that a model was calibrated with.
+
+    Args:
+        magnitude: Root mean square of these.
+        signals: Moments of the signals as real numbers.
+    """
+    found = math.sqrt(signals.square)
+    if not magnitude <= _OTHER_UNITS * found <= _OTHER_UNITS**2 * magnitude:
+        warnings.warn(
+            f"the data's root mean square is {found:.2g}, that of the data which the model was calibrated with "
+            f"{magnitude:.2g}: rescale the data to the units of those, or calibrate the model anew",
+            stacklevel=5,
         )

@@ -242,7 +242,7 @@ class HVAE(Pretrained, nn.Module):
         return self.log_sigma.clamp(*_LOG_SIGMA_RANGE).exp()
 
     @property
-    def _magnitude(self) -> Tensor:
+    def magnitude(self) -> Tensor:
         """Root mean square of the data that the model was calibrated with, for orthonormal bands: a scalar.
 
         The encoder sees signals in this unit where it exceeds one: it learns badly from large numbers, and
@@ -265,7 +265,7 @@ class HVAE(Pretrained, nn.Module):
             raise ValueError(f"x is on {x.device}, the model on {self.start.device}")
         check_finite("x", x)
         x = x.to(self._signal_dtype(self.precision))
-        activations = self.encoder((pack(x) / self._magnitude.clamp_min(1)).to(self.start.dtype))
+        activations = self.encoder((pack(x) / self.magnitude.clamp_min(1)).to(self.start.dtype))
         targets = None
         if self.decomp.orthonormal:
             with full_precision(x.device):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from separable_hvae.batches import Batches
+from separable_hvae.calibration import moments_of, warn_of_other_units
 from separable_hvae.checks import check_instance
 from separable_hvae.hvae import HVAE
 from separable_hvae.interruption import Interruption
@@ -89,7 +90,8 @@ def fit(
     Works under ``no_grad`` and ``inference_mode`` too.
 
     Args:
-        model: The model, changed in place and moved to the accelerator's device.
+        model: The model, changed in place and moved to the accelerator's device. Its bands are calibrated on the
+            data, if they have not been; otherwise data in other units, by a factor of ten, draw a warning.
         data: Signals ``(N, C, *size)``, kept on the device as a whole, or a map-style dataset of signals, whose
             own random transforms a resumed run does not repeat, see below.
         steps: Optimizer steps; give this or ``time_budget``, or both: the first to be reached ends the run.
@@ -164,8 +166,12 @@ def fit(
     batches = Batches(model, data, options.batch_size, options.seed, options.workers, rank, world)
     file = options.file
     resumed = file is not None and file.exists()
-    if not resumed and not int(model.calibrated):
-        model.calibrate(batches.first(_CALIBRATED_ON))
+    if not resumed:
+        first = batches.first(_CALIBRATED_ON)
+        if int(model.calibrated):
+            warn_of_other_units(float(model.magnitude), moments_of(first, model.decomp, model.start.device)[-1])
+        else:
+            model.calibrate(first)
     learner = Learner(model, options, accelerator, batches.fingerprint)
     state = learner.state
     if file is not None and resumed:

@@ -130,7 +130,7 @@ def linear_gaussian(decomp: Decomposition, *, layers: int = 2, seed: int = 0) ->
     model = HVAE(
         decomp, layers=layers, width=width, bottleneck=1, blocks=0, head=LinearHead, sigma=0.6, band_input=False
     )
-    model.encoder = cast(Any, FlatEncoder(len(decomp.scales), lambda: model._magnitude.clamp_min(1)))
+    model.encoder = cast(Any, FlatEncoder(len(decomp.scales), lambda: model.magnitude.clamp_min(1)))
     nn.init.normal_(model.start)
     inputs = model.start.numel()
     for i, subset in enumerate(model.subsets):

@@ -768,7 +768,7 @@ def test_large_data_look_to_the_encoder_as_ordinary_ones_do(make: Make) -> None:
     for factor in (0.3, 1e2, 1e4):
         model.calibrate(factor * x)
         torch.testing.assert_close(
-            model._magnitude, (factor * x).abs().square().sum().div(20 * model.decomp.numel).sqrt()
+            model.magnitude, (factor * x).abs().square().sum().div(20 * model.decomp.numel).sqrt()
         )
         seen.append(model.observe(factor * x).activations)
     for scale in model.scales:

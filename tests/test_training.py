@@ -172,6 +172,19 @@ def test_bands_are_calibrated_on_the_data() -> None:
     assert float(model.subsets[0].unit) != 1.0
 
 
+@pytest.mark.parametrize("factor", [0.05, 0.2, 5.0, 20.0])
+def test_data_in_other_units_than_those_calibrated_with_are_named(factor: float) -> None:
+    model = fresh()
+    model.calibrate(waves())
+    if 0.1 < factor < 10:
+        train(model, factor * waves(), steps=1)
+        return
+    size = float(waves().square().mean().sqrt())
+    with pytest.warns(UserWarning, match=f"is {factor * size:.2g}, that .* calibrated with {size:.2g}: ") as caught:
+        train(model, factor * waves(), steps=1)
+    assert caught[0].filename == __file__
+
+
 def test_warm_up_of_the_kl() -> None:
     full, none = fresh(), fresh()
     # At the very first step the weight is zero, so the priors get no gradient.
@@ -1104,6 +1117,10 @@ def test_the_model_must_be_one_that_can_be_trained() -> None:
         train(HVAE)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model must have parameters to train, got none that requires a gradient"):
         train(fresh().requires_grad_(False))
+    with pytest.raises(
+        ValueError, match=r"model must be float32 or float64 .* got torch\.bfloat16: .*mixed_precision="
+    ):
+        train(fresh().bfloat16())
     with torch.inference_mode():
         model = fresh()
     with pytest.raises(ValueError, match=r"model must be built outside torch\.inference_mode to be trained"):
@@ -1117,10 +1134,6 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     kinds = (np.int64, np.uint8, np.int64, np.int32, np.float32)
     given = {name: kind(value) for kind, (name, value) in zip(kinds, options.items(), strict=True)}
     train(numpy, settings={"crops": np.int64(3)}, **given)
-    with pytest.raises(
-        ValueError, match=r"model must be float32 or float64 .* got torch\.bfloat16: .*mixed_precision="
-    ):
-        train(fresh().bfloat16())
     assert same(weights(plain), weights(numpy))
     train(numpy, checkpoint=tmp_path, settings={"crops": np.int64(3)}, **given)
     seven, three = cast(Any, np.array([7, 3]))
