@@ -119,7 +119,9 @@ def fit(
         seed: Seed of batches and noise.
         workers: Processes that load a dataset.
         progress: Whether to show a progress bar.
-        accelerator: An ``accelerate.Accelerator`` for mixed precision or several processes.
+        accelerator: An ``accelerate.Accelerator`` for mixed precision or several processes. ``None`` makes one,
+            and so settles the precision of every later one in this process, as accelerate has it: for bf16
+            make yours before the first ``fit``, and pass it on to each.
         clock: Clock of ``time_budget``.
 
     A resumed run is exact: weights, batches, noise and what ``augment`` draws from its generator are those of
