@@ -15,7 +15,7 @@ finer bands do not speak.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -30,7 +30,7 @@ from separable_hvae.kept import Kept, kept_by
 from separable_hvae.noise import GaussianNoise, Noise
 from separable_hvae.operators import Map, Operator, condition, real
 from separable_hvae.physics import Physics, noise_of
-from separable_hvae.prior import covariance, draw, mean_bands, standard, white
+from separable_hvae.prior import covariance, draws, mean_bands, standard, white
 from separable_hvae.signals import check_finite, full_precision
 
 Fill = Literal["bands", "mean"]
@@ -157,6 +157,7 @@ class Measurement(DataTerm):
             means = [mean.expand(len(y), *mean.shape[1:]) for mean in mean_bands(model)]
             own = self._left(model, seen.x, y, given)
             found: dict[tuple[int, ...], Tensor] = {}
+            drawn = cache(partial(draws, model, _DRAWS))
 
         def aims(index: int, bands: Sequence[Tensor | None], _: Sequence[Tensor]) -> list[Tensor]:
             unknown = tuple(i for i, band in enumerate(bands) if band is None and i > index)
@@ -164,7 +165,8 @@ class Measurement(DataTerm):
             full[index] = torch.zeros_like(full[index])
             with torch.no_grad(), full_precision(y.device):
                 if unknown and unknown not in found:
-                    found[unknown] = self._spread(model, unknown, seen.x, y, given)
+                    unsaid = [h if i in unknown else None for i, h in enumerate(drawn())]
+                    found[unknown] = self._spread(model, unsaid, seen.x, y, given)
                 return [model.decomp.synthesis(full), y, own + found[unknown] if unknown else own, *given]
 
         misfit = MeasurementMisfit(model.decomp, self.operator, self.noise, kept_by(self.operator.forward))
@@ -193,11 +195,11 @@ class Measurement(DataTerm):
             raise ValueError(f"x must hold {len(self)} signals, as many as were measured, got {len(x)}")
         check_finite("x", x)
         y, given = self._read(model)
-        own, variance, dtype = float(model.sigma.detach()) ** 2, self._variance(y), x.dtype
+        own, variance, dtype = model.sigma.detach().square(), self._variance(y), x.dtype
         x = x.detach().to(self._mean(model).dtype)
         if generator is not None:
             # Perturb both sides, then condition: the result is a draw of the conditional Gaussian.
-            x = x + own**0.5 * standard(x, generator)
+            x = x + own.sqrt() * standard(x, generator)
             y = y + variance.sqrt() * standard(y, generator)
         with torch.no_grad():
             return condition(x, lambda r: own * r, self.operator, y, given, variance).to(dtype)
@@ -233,16 +235,16 @@ class Measurement(DataTerm):
         if not self.linear:
             return real(y).new_zeros(())
         gain = self.operator.gain(like, y, given).clamp_min(1e-12)  # Samples of which nothing is measured.
-        return float(model.sigma.detach()) ** 2 * (gain[..., None] if y.is_complex() else gain)
+        return model.sigma.detach().square() * (gain[..., None] if y.is_complex() else gain)
 
-    def _spread(self, model: HVAE, unknown: Sequence[int], like: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
-        """Variance that unknown bands add to real measurements, from a few draws of them."""
-        generator = torch.Generator().manual_seed(0)
+    def _spread(
+        self, model: HVAE, unknown: Sequence[Tensor | None], like: Tensor, y: Tensor, given: Sequence[Tensor]
+    ) -> Tensor:
+        """Variance that unknown bands, given as draws, add to real measurements."""
         mean = model.decomp.synthesis(mean_bands(model)).expand_as(like)
         middle = self.operator.predict(mean, y, given)
         total = torch.zeros_like(real(y))
-        for _ in range(_DRAWS):
-            drawn = model.decomp.synthesis(draw(model, unknown, generator)).expand_as(like)
+        for drawn in model.decomp.synthesis(unknown).split(1):
             total += real(self.operator.predict(mean + drawn, y, given) - middle).square()
         return total / _DRAWS
 

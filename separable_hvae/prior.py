@@ -5,8 +5,6 @@ r"""What a model knows of each band before any network: its mean and deviation o
 A Gaussian that is diagonal in the bands. It fills in what was not measured for the encoder's first look.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -19,9 +17,9 @@ def mean_bands(model: HVAE) -> list[Tensor]:
     return [subset.centre.detach()[None].to(model.precision) for subset in model.subsets]
 
 
-def deviations(model: HVAE) -> list[float]:
-    """The standard deviation of each band; one before the model is calibrated."""
-    return [float(subset.unit) for subset in model.subsets]
+def variances(model: HVAE) -> Tensor:
+    """The variance of each band, ``(bands,)``; one before the model is calibrated."""
+    return torch.stack([subset.unit.detach() for subset in model.subsets]).to(model.precision).square()
 
 
 def covariance(model: HVAE, x: Tensor) -> Tensor:
@@ -30,24 +28,23 @@ def covariance(model: HVAE, x: Tensor) -> Tensor:
         return white(model, x)
     with full_precision(x.device):
         bands = model.decomp.analysis(x)
-        return model.decomp.synthesis([unit**2 * band for unit, band in zip(deviations(model), bands, strict=True)])
+        return model.decomp.synthesis([v * band for v, band in zip(variances(model), bands, strict=True)])
 
 
 def white(model: HVAE, x: Tensor) -> Tensor:
     """The same with one deviation for every coefficient, whose square is their mean one."""
     sizes = [subset.centre.numel() for subset in model.subsets]
-    energy = sum(n * unit**2 for n, unit in zip(sizes, deviations(model), strict=True))
+    energy = torch.stack([n * v for n, v in zip(sizes, variances(model), strict=True)]).sum()
     return x * (energy / sum(sizes))
 
 
-def draw(model: HVAE, unknown: Sequence[int], generator: torch.Generator) -> list[Tensor]:
-    """One draw of every band around its mean, ``(1, *band_shape)``, zero for bands that are not ``unknown``."""
-    bands = []
-    for i, (subset, unit) in enumerate(zip(model.subsets, deviations(model), strict=True)):
-        shape, device = (1, *subset.centre.shape), generator.device
-        noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
-        bands.append((unit * noise if i in unknown else 0 * noise).to(subset.centre.device, model.precision))
-    return bands
+def draws(model: HVAE, n: int) -> list[Tensor]:
+    """The same draws of every band around its mean each time, ``(n, *band_shape)``."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [subset.centre.shape for subset in model.subsets]
+    noise = [[torch.randn(s, generator=generator, device="cpu", dtype=torch.float64) for s in shapes] for _ in range(n)]
+    bands = [torch.stack(band).to(model.start.device, model.precision) for band in zip(*noise, strict=True)]
+    return [v.sqrt() * band for v, band in zip(variances(model), bands, strict=True)]
 
 
 def standard(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Laplace, Normal, Poisson
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from separable_hvae import (
     HVAE,
@@ -31,6 +33,7 @@ from separable_hvae import (
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.operators import Operator, condition, inner
 from separable_hvae.physics import noise_of
+from separable_hvae.prior import covariance, white
 from tests.zoo import Pyramid, random_bands, signal
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -540,3 +543,26 @@ def test_measurements_need_a_model_they_fit() -> None:
 def test_rows_of_signals() -> None:
     x = signal(Identity((4,), 1), 3)
     torch.testing.assert_close(Signal(x).rows(torch.tensor([2, 0])).x, x[[2, 0]])
+
+
+class NoReading(TorchDispatchMode):
+    """Numbers of tensors stay where they are: reading one waits for an accelerator."""
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_measurements_are_compared_without_reading_numbers() -> None:
+    model = tiny(Wavelet1(8, "db2"))
+    x = signal(model.decomp, 3)
+    term = Measurement(x[..., ::2], lambda x: x[..., ::2], 0.1)
+    seen = model.observe(x)
+    with NoReading():  # type: ignore[no-untyped-call]
+        covariance(model, x)
+        white(model, x)
+        bound = term.bind(model, seen)
+        for index, band in enumerate(bands := model.decomp.analysis(x)):
+            known = [*bands[:index], *[None] * (len(bands) - index)]
+            bound.misfit.local(index, band, bound.aims(index, known, bound.data))
