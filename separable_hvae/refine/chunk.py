@@ -100,7 +100,8 @@ class Reached(NamedTuple):
         moved: Whether they are other than the start's.
         start: The latents that were started from.
         start_objective: Their full MAP objective, in nats: ``(B,)``.
-        rows: What to tell of each step.
+        steps: Of each step, the number of its problem, its own number and its scale.
+        sums: What to tell of each step, ``(steps, 4)``: one tensor, which a recording copies in one go.
         rounding: Relative error of a reduced precision, ``(B,)``.
     """
 
@@ -108,7 +109,8 @@ class Reached(NamedTuple):
     moved: bool
     start: list[Tensor]
     start_objective: Tensor
-    rows: list[Row]
+    steps: list[tuple[int, int, int]]
+    sums: Tensor
     rounding: Tensor | None
 
     @classmethod
@@ -117,7 +119,14 @@ class Reached(NamedTuple):
         before, moved = run.start_objective, run.passes is not run.origin
         after = run.objective.total(run.passes, run.term.data).objective if moved else before
         start = [z for step in run.origin for z in step.latents]
-        return cls(vars(job.result(run.passes, run.seen.x, after)), moved, start, before, taken, rounding)
+        steps = [(row.problem, row.step, row.scale) for row in taken]
+        sums = torch.stack([row.sums for row in taken]) if taken else before.new_zeros(0, 4)
+        return cls(vars(job.result(run.passes, run.seen.x, after)), moved, start, before, steps, sums, rounding)
+
+    @property
+    def rows(self) -> list[Row]:
+        """What to tell of each step."""
+        return [Row(*step, sums) for step, sums in zip(self.steps, self.sums, strict=True)]
 
     def no_worse(self, job: Job, x: Tensor) -> Result:
         """What was reached, and the start of each sample that got worse."""
