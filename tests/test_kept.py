@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from separable_hvae.kept import kept_by
 
@@ -33,6 +34,7 @@ class Deep(nn.Module):
         super().__init__()
         self.register_buffer("tensor", tensor)
 
+    @override
     def __getstate__(self) -> Any:
         raise RuntimeError
 
