@@ -9,6 +9,7 @@ nothing between devices. What that gives is shown by tests on a real device.
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 from typing_extensions import override
 
-from separable_hvae import HVAE, KnownBands, MAPRefiner, Measurement
+from separable_hvae import HVAE, KnownBands, MAPRefiner, Measurement, wavelet
 from separable_hvae.data_terms import DataTerm
 from separable_hvae.refine import Eager, Parallel
 from tests.test_hvae import tiny
@@ -108,6 +109,8 @@ def main() -> None:
     """Train and sample every small decomposition's model, and refine some."""
     _setup_privateuseone_for_python_backend(KIND, backend_module=Backend())
     warnings.simplefilter("ignore")
+    # Matrices are made outside of modes, but real ones could not be on a device that is not there.
+    vars(wavelet)["_disable_current_modes"] = nullcontext
     pretended, values = FakeTensorMode(), Values()  # type: ignore[no-untyped-call]
     for name in sorted(SMALL.keys() - {"own-dct"}):  # Its tables depend on values, which tensors lack here.
         model = tiny(SMALL[name](), layers=1, blocks=0)
