@@ -24,6 +24,8 @@ from separable_hvae.data_terms import BoundTerm, Misfit
 from separable_hvae.hvae import Observation
 from separable_hvae.refine import Compiled, CudaGraphs, Eager, Execution, graphs
 from separable_hvae.refine.execution import Function
+from separable_hvae.refine.problem import Problem
+from separable_hvae.refine.rules import Rule
 from tests.test_hvae import tiny
 from tests.test_inverse import terms
 from tests.test_refine import assert_equal, few
@@ -363,6 +365,30 @@ def test_the_recordings_used_last_are_kept(recordings: list[Recording], monkeypa
     assert [recording.shares for recording in recordings] == [None, *recordings[:3]]
 
 
+@dataclass(slots=True)
+class Slide(Rule):
+    """A user's rule without a dictionary."""
+
+    speed: float
+
+    @override
+    def step(
+        self, problem: Problem, latents: list[Tensor], sizes: Sequence[float], state: Any
+    ) -> tuple[list[Tensor], Any]:
+        gradients = problem.gradient(latents)
+        return [z - 1e-3 * self.speed * g for z, g in zip(latents, gradients, strict=True)], None
+
+
+def test_other_settings_are_recorded_anew(recordings: list[Recording]) -> None:
+    model, execution = least(), CudaGraphs()
+    x, rule = signal(model.decomp), Slide(1.0)
+    for speed, count in ((1.0, 1), (30.0, 2), (1.0, 2)):
+        rule.speed = speed
+        refiner = MAPRefiner(2, 1.0, rule=rule, execution=execution)
+        assert_same(refiner(model, x), MAPRefiner(2, 1.0, rule=rule)(model, x))
+        assert len(recordings) == count
+
+
 def test_threads_take_turns_with_recordings(recordings: list[Recording]) -> None:
     busy = Lock()
 
@@ -401,7 +427,9 @@ def test_weights_may_be_parametrized_and_modules_replaced(
         assert_same(MAPRefiner(2, execution=execution)(model, x), MAPRefiner(2)(model, x), 1e-9)
 
 
-@pytest.mark.parametrize("execution", [Eager(), Compiled(threads=1), CudaGraphs(whole=False)], ids=str)
+@pytest.mark.parametrize(
+    "execution", [Eager(), Compiled(threads=1), CudaGraphs(whole=False)], ids=lambda e: type(e).__name__
+)
 def test_refiners_travel_without_what_was_compiled_or_recorded(
     execution: Execution, recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
