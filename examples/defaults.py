@@ -2,7 +2,7 @@
 
     python examples/defaults.py --out runs/defaults [--cifar10 cifar-10-batches-bin]
 
-For vanilla (Identity), Fourier and Haar bands, both heads, with and without the target band as the
+For vanilla (Identity), Fourier and Haar bands, both heads, with and without what is missing of the target band as the
 posterior's input: held-out ½·SE/σ² + KL in nats/dim, several seeds, on digits and on CIFAR-10 at 16×16.
 Time is each process's own CPU time on one thread, so runs beside each other do not count against one
 another. Writes results.json and results.md; finished runs in results.json are not repeated.

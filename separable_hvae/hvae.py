@@ -78,7 +78,7 @@ class HVAE(Pretrained, nn.Module):
         head: ``"grid"`` (a small signal, then its band), ``"coefficient"`` (the paper's), or a
             :class:`ScaleHead` subclass.
         sigma: Standard deviation of the likelihood in the data's units, from 1e-4 to 100, or ``"learned"``.
-        band_input: Whether the posterior of a scale sees the target band (the paper: ``False``).
+        band_input: Whether posteriors see what is missing of their target band (the paper: ``False``).
 
     Raises:
         TypeError: If an argument has the wrong type.
