@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from separable_hvae.decomposition import Decomposition
-from separable_hvae.signals import check_finite, full_precision, pack
+from separable_hvae.precision import full_precision
+from separable_hvae.signals import check_finite, pack
 
 _FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
 _OTHER_UNITS = 10.0

@@ -24,7 +24,8 @@ from separable_hvae.checks import check_instance
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.kept import Kept, kept_by
-from separable_hvae.signals import full_precision, pack
+from separable_hvae.precision import full_precision
+from separable_hvae.signals import pack
 
 LossName = Literal["l1", "l2"]
 Loss = LossName | Callable[[Tensor, Tensor], Tensor]

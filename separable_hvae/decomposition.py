@@ -34,7 +34,8 @@ from separable_hvae.checks import (
     shown,
 )
 from separable_hvae.laws import LawReport, measure_laws, wrong_bands
-from separable_hvae.signals import COMPLEX, REAL, full_precision, pack, resample, unpack, widen
+from separable_hvae.precision import full_precision
+from separable_hvae.signals import COMPLEX, REAL, pack, resample, unpack, widen
 
 __all__ = [
     "Decomposition",

@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from separable_hvae.blocks import ResidualBlock, conv
 from separable_hvae.decomposition import Decomposition
-from separable_hvae.signals import full_precision, resample, widen
+from separable_hvae.precision import full_precision
+from separable_hvae.signals import resample, widen
 
 EMIT_GAIN = 0.5
 """Initial bands are small against their unit, so that training does not start by unlearning them."""

@@ -36,9 +36,10 @@ from separable_hvae.checks import (
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.heads import HEADS, ScaleHead
 from separable_hvae.latents import complete, require_all
+from separable_hvae.precision import full_precision
 from separable_hvae.result import Result
 from separable_hvae.saving import Pretrained
-from separable_hvae.signals import check_finite, full_precision, pack, widen
+from separable_hvae.signals import check_finite, pack, widen
 from separable_hvae.subset import Evidence, Subset, SubsetPass
 
 __all__ = ["HVAE", "Observation", "Result"]

@@ -18,8 +18,9 @@ from separable_hvae.checks import came_as, check_callable, check_generator, chec
 from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
+from separable_hvae.precision import full_precision
 from separable_hvae.prior import mean_bands, standard
-from separable_hvae.signals import check_finite, full_precision
+from separable_hvae.signals import check_finite
 
 
 class KnownBands(DataTerm):

@@ -30,8 +30,9 @@ from separable_hvae.kept import Kept, kept_by
 from separable_hvae.noise import GaussianNoise, Noise
 from separable_hvae.operators import Map, Operator, condition, real
 from separable_hvae.physics import Physics, noise_of
+from separable_hvae.precision import full_precision
 from separable_hvae.prior import covariance, draws, mean_bands, standard, white
-from separable_hvae.signals import check_finite, full_precision
+from separable_hvae.signals import check_finite
 
 Fill = Literal["bands", "mean"]
 FILLS: dict[Fill, Callable[[HVAE, Tensor], Tensor]] = {"bands": covariance, "mean": white}

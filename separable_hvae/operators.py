@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from separable_hvae.signals import check_finite, full_precision, pack
+from separable_hvae.precision import full_precision
+from separable_hvae.signals import check_finite, pack
 
 Map = Callable[..., Tensor]
 

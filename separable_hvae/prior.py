@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from separable_hvae.hvae import HVAE
-from separable_hvae.signals import full_precision
+from separable_hvae.precision import full_precision
 
 
 def mean_bands(model: HVAE) -> list[Tensor]:

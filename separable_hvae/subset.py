@@ -21,7 +21,8 @@ from typing_extensions import override
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.heads import ScaleHead
 from separable_hvae.latent import Entry, Gaussian, StochasticLayer
-from separable_hvae.signals import full_precision, resample, widen
+from separable_hvae.precision import full_precision
+from separable_hvae.signals import resample, widen
 
 
 class Evidence(NamedTuple):

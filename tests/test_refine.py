@@ -20,6 +20,7 @@ from separable_hvae import HVAE, FFT1Real, FFT2Complex, Identity, MAPRefiner, Re
 from separable_hvae.data_terms import absolute_error
 from separable_hvae.decomposition import pack
 from separable_hvae.latent import StochasticLayer
+from separable_hvae.precision import float32, float32_settings, full_precision
 from separable_hvae.refine import (
     Adam,
     GradientDescent,
@@ -33,7 +34,6 @@ from separable_hvae.refine import (
     Whole,
 )
 from separable_hvae.refine.run import Run
-from separable_hvae.signals import float32, float32_settings, full_precision
 from tests.linear_gaussian import Array, ClosedForm, flat, linear_gaussian
 from tests.test_hvae import layer_passes, seeded, tiny
 from tests.test_linear_gaussian import ORTHONORMAL

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from separable_hvae import Wavelet2
+from separable_hvae.precision import float32, float32_settings, full_precision
 from separable_hvae.shared import shared
-from separable_hvae.signals import float32, float32_settings, full_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

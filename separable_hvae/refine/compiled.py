@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from separable_hvae.precision import full_precision
 from separable_hvae.refine.execution import Gradient, Threaded, precision, signature
 from separable_hvae.refine.pieces import Call, Outcome
 from separable_hvae.refine.weights import Weights, plain
@@ -83,7 +84,7 @@ class _CompiledCall:
 
     def __call__(self, call: Call) -> Any:
         given = [*call.moving, *call.held]
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(given[0].device):
             leaves = self.code(*self.weights.plain, *[plain(given[i].detach()) for i in self.rest])
         return pytree.tree_unflatten(list(leaves), self.structure)
 

@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from separable_hvae.checks import check_integer
 from separable_hvae.hvae import HVAE
+from separable_hvae.precision import float32_settings
 from separable_hvae.refine.pieces import Call, Outcome
-from separable_hvae.signals import float32_settings
 
 T = TypeVar("T")
 Gradient = tuple[list[Tensor], Outcome]

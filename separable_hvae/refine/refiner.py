@@ -25,6 +25,7 @@ from separable_hvae.data_terms import DataTerm, Loss, Signal, check_loss
 from separable_hvae.hvae import HVAE, Result
 from separable_hvae.kept import Kept, kept_by
 from separable_hvae.objective import ByScale, by_scale
+from separable_hvae.precision import float32, full_precision
 from separable_hvae.refine.chunk import Chunk, Job, Reached, Watch
 from separable_hvae.refine.compiled import Compiled
 from separable_hvae.refine.execution import Eager, Execution
@@ -37,7 +38,6 @@ from separable_hvae.refine.run import Init, Run
 from separable_hvae.refine.schedules import SCHEDULES, Schedule
 from separable_hvae.refine.stopping import Clock, Stopping
 from separable_hvae.shared import shared
-from separable_hvae.signals import float32, full_precision
 
 Precision = Literal["bfloat16", "tf32"]
 EXECUTIONS: dict[str, type[Execution]] = {"eager": Eager, "compiled": Compiled, "cuda-graphs": CudaGraphs}
