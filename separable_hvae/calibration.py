@@ -151,7 +151,7 @@ def warn_of_other_units(magnitude: float, signals: BandMoments) -> None:
         signals: Moments of the signals as real numbers.
     """
     found = math.sqrt(signals.square)
-    if not magnitude <= _OTHER_UNITS * found <= _OTHER_UNITS**2 * magnitude:
+    if found and not magnitude <= _OTHER_UNITS * found <= _OTHER_UNITS**2 * magnitude:
         warnings.warn(
             f"the data's root mean square is {found:.2g}, that of the data which the model was calibrated with "
             f"{magnitude:.2g}: rescale the data to the units of those, or calibrate the model anew",

@@ -117,6 +117,7 @@ def norm(parts: list[Tensor]) -> Tensor:
     return torch.stack([p.abs().double().square().flatten(1).sum(1) for p in parts]).sum(0).sqrt()
 
 
+@pytest.mark.filterwarnings("ignore:scales .* emit no band:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_laws(kind: str, data: st.DataObject) -> None:

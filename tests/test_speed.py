@@ -56,11 +56,12 @@ def test_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_backward_pass_keeps() -> None:
-    """A refinement of twice as many samples keeps twice as much."""
+    """A refinement of twice as many samples keeps twice as much, beside a few numbers for all of them."""
     model = depth.HVAE(depth.FFT2Real(4), layers=1, width=4, bottleneck=4, blocks=1)
     x = torch.randn(1, 3, 4, 4)
     options = {"schedule": "joint"}
-    assert depth.kept_bytes(model, options, x.repeat(2, 1, 1, 1)) == 2 * depth.kept_bytes(model, options, x)
+    one, two = (depth.kept_bytes(model, options, x.repeat(n, 1, 1, 1)) for n in (1, 2))
+    assert 2 * one - 100 <= two <= 2 * one
 
 
 def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
