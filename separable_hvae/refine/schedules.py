@@ -139,15 +139,15 @@ class Latent(Schedule):
 class Parallel(Schedule):
     """All subsets in one step, each against its own objective, so that none waits for another.
 
-    A subset uses the context that the coarser one produced a step earlier: refreshing it costs nothing.
-    Now and then each latent is recentred on what the encoder would say under the new context,
-    ``z ← z + μ_q(new context) − μ_q(old context)``. It takes one number of steps.
+    A subset uses the context that the coarser one produced a step earlier: refreshing it costs nothing. It takes
+    one number of steps.
 
     Args:
-        recentre: Steps between recentrings; 0 never recentres.
+        recentre: After every so many steps each latent is recentred on what the encoder would say under the new
+            context, ``z ← z + μ_q(new context) − μ_q(old context)``, which costs about half a step; 0 never does.
     """
 
-    def __init__(self, recentre: int = 5) -> None:
+    def __init__(self, recentre: int = 0) -> None:
         self.recentre = check_integer("recentre", recentre, 0)
 
     @override
@@ -157,7 +157,7 @@ class Parallel(Schedule):
             bands = [step.band for step in run.start]
             evidence = [run.evidence(i, bands[:i]) for i in range(len(subsets))]
             inflows = [[*step.contexts, step.context] for step in run.start]
-        centres = self._centres(run, inflows, evidence)
+        centres = self._centres(run, inflows, evidence) if self.recentre else None
 
         def pieces(inflows: list[list[Tensor]], bands: list[Tensor]) -> list[tuple[OneSubset, int, list[Tensor]]]:
             entries = [run.context, *(contexts[-1] for contexts in inflows[:-1])]
@@ -173,7 +173,7 @@ class Parallel(Schedule):
             reached: list[Outcome] = problem.outcomes
             inflows = [outcome.contexts for outcome in reached]
             problem.pieces = list(pieces(inflows, [outcome.bands[0] for outcome in reached]))
-            if centres is None or not self.recentre or done % self.recentre or done == steps:
+            if centres is None or done % self.recentre or done == steps:
                 return latents
             old, centres = centres, self._centres(run, inflows, evidence)
             assert centres is not None
