@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae.blocks import Bottleneck, ResidualBlock, conv
-from separable_hvae.signals import resample
+from separable_hvae.signals import resample, widen
 
 LOG_SIGMA_BOUND = 6.0
 
@@ -35,7 +35,7 @@ class Gaussian:
     @classmethod
     def from_raw(cls, raw: Tensor) -> "Gaussian":
         """Read a network's output ``(B, 2·latent_channels, *grid)``, in float32 at least."""
-        mean, log_sigma = (raw if raw.dtype == torch.float64 else raw.float()).chunk(2, dim=1)
+        mean, log_sigma = widen(raw).chunk(2, dim=1)
         return cls(mean, LOG_SIGMA_BOUND * torch.tanh(log_sigma / LOG_SIGMA_BOUND))
 
     @property

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Augment", "FitReport", "fit"]
 
 _CALIBRATED_ON = 4096
+_JUDGED_BY = 256  # Signals whose units are compared with the calibration.
 """Signals that the bands' means and deviations are taken of."""
 
 
@@ -169,11 +170,11 @@ def fit(
     file = options.file
     resumed = file is not None and file.exists()
     if not resumed:
-        first = batches.first(_CALIBRATED_ON)
         if int(model.calibrated):
-            warn_of_other_units(float(model.magnitude), moments_of(first, model.decomp, model.start.device)[-1])
+            few = moments_of(batches.first(_JUDGED_BY), model.decomp, model.start.device)
+            warn_of_other_units(float(model.magnitude), few[-1])
         else:
-            model.calibrate(first)
+            model.calibrate(batches.first(_CALIBRATED_ON))
     learner = Learner(model, options, accelerator, batches.fingerprint)
     state = learner.state
     if file is not None and resumed:

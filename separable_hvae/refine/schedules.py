@@ -155,7 +155,7 @@ class Parallel(Schedule):
         steps, subsets = _one_number(run, "parallel"), run.model.subsets
         with torch.no_grad():
             bands = [step.band for step in run.start]
-            evidence = [run.evidence(i, bands[:i]) for i in range(len(subsets))]
+            evidence = [run.evidence(i, bands[:i]) for i in range(len(subsets))] if self.recentre else []
             inflows = [[*step.contexts, step.context] for step in run.start]
         centres = self._centres(run, inflows, evidence) if self.recentre else None
 
