@@ -25,6 +25,7 @@ from separable_hvae.hvae import Observation
 from separable_hvae.refine import Compiled, CudaGraphs, Eager, Execution, graphs
 from separable_hvae.refine.execution import Function
 from separable_hvae.refine.problem import Problem
+from separable_hvae.refine.recent import Recent
 from separable_hvae.refine.rules import Rule
 from tests.test_hvae import tiny
 from tests.test_inverse import terms
@@ -363,6 +364,18 @@ def test_the_recordings_used_last_are_kept(recordings: list[Recording], monkeypa
         assert len(recordings) == count
     # Each shares the memory of one that was kept.
     assert [recording.shares for recording in recordings] == [None, *recordings[:3]]
+
+
+def test_what_fits_and_was_used_last_is_kept() -> None:
+    kept, made, fitting = Recent[int](2), itertools.count(), True
+    take = [kept.take(key, lambda _: fitting, lambda: next(made)) for key in "ababcacb"]
+    assert take == [0, 1, 0, 1, 2, 3, 2, 4]
+    assert list(kept) == ["c", "b"]
+    fitting = False
+    assert kept.take("b", lambda _: fitting, lambda: next(made)) == 5
+    with pytest.raises(ZeroDivisionError):
+        kept.take("c", lambda _: fitting, lambda: 1 // 0)
+    assert list(kept) == ["b"]
 
 
 @dataclass(slots=True)

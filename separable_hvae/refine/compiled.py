@@ -1,12 +1,12 @@
 """Compiled pieces: each traced with its gradient, and compiled by TorchInductor.
 
-They are kept by what they compute and by the shapes of their tensors, for as long as the execution
-lives. Nothing is compiled unless it is asked for.
+They are kept by what they compute and by the shapes of their tensors, the 256 that were used last.
+Nothing is compiled unless it is asked for.
 """
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,7 +19,10 @@ from typing_extensions import override
 from separable_hvae.precision import full_precision
 from separable_hvae.refine.execution import Gradient, Threaded, precision, signature
 from separable_hvae.refine.pieces import Call, Outcome
+from separable_hvae.refine.recent import Recent
 from separable_hvae.refine.weights import Weights, plain
+
+_MOST = 256
 
 
 class Compiled(Threaded):
@@ -37,7 +40,7 @@ class Compiled(Threaded):
 
     def __init__(self, threads: int | None = None) -> None:
         super().__init__(threads)
-        self._compiled: dict[Hashable, _CompiledCall] = {}
+        self._compiled = Recent[_CompiledCall](_MOST)
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
@@ -61,9 +64,8 @@ class Compiled(Threaded):
         tensors = [*call.moving, *call.held]
         layouts = tuple(tuple(step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1) for t in tensors)
         key = (method, call.piece, len(call.moving), signature(tensors), layouts, precision(), threads)
-        if key not in self._compiled or not self._compiled[key].weights.fit():
-            self._compiled[key] = _compile(method, call, threads)
-        return self._compiled[key], call
+        code = self._compiled.take(key, lambda code: code.weights.fit(), lambda: _compile(method, call, threads))
+        return code, call
 
 
 @dataclass(frozen=True)

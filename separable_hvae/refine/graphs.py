@@ -20,6 +20,7 @@ from separable_hvae.hvae import HVAE
 from separable_hvae.refine.compiled import Compiled
 from separable_hvae.refine.execution import Eager, Execution, Function, Gradient, precision, signature
 from separable_hvae.refine.pieces import Call, Outcome
+from separable_hvae.refine.recent import Recent
 from separable_hvae.refine.weights import Weights
 
 Method = Literal["gradients", "values"]
@@ -52,7 +53,7 @@ class CudaGraphs(Execution):
         check_flag("compiled", compiled)
         self.whole, self.compiled = whole, compiled
         self._pieces = Compiled() if compiled else Eager(threads=1)
-        self._recorded: dict[Hashable, Recording] = {}
+        self._recorded = Recent[Recording](_MOST)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._last: dict[torch.device, torch.cuda.Stream] = {}
         self._turn, self._here = RLock(), _Here()
@@ -95,13 +96,10 @@ class CudaGraphs(Execution):
             current = torch.cuda.current_stream()
             current.wait_stream(self._last.get(device, current))
             self._last[device] = current
-            recording = self._recorded.pop(key, None)
             # A graph reads weights at their addresses: trained in place they serve it, moved they do not.
-            if recording is None or not recording.weights.stayed():
-                recording = self._record(model, function, tensors)
-            self._recorded[key] = recording  # As the one that was used last.
-            if len(self._recorded) > _MOST:
-                del self._recorded[next(iter(self._recorded))]
+            recording = self._recorded.take(
+                key, lambda recording: recording.weights.stayed(), lambda: self._record(model, function, tensors)
+            )
             return recording(tensors)
 
     def _record(self, model: HVAE, function: Function, tensors: Sequence[Tensor]) -> "Recording":
