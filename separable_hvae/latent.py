@@ -5,14 +5,13 @@ r"""One stochastic layer of the top-down hierarchy.
     ĥ_{l+1} = r(ĥ_l + f_p(ĥ_l) + W z_l)                    injection and residual block
 
 ĥ is the context, e the encoder's activation at the layer's scale, and r what the head would not yet say of
-the target band. Part of μ_q is linear in r: the band is linear in z along the context, and to say a number
-within a thousandth of its range is easy along a line and hard to learn for a network. Log-sigmas are
-bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities stay finite whatever the networks emit.
+the target band. Log-sigmas are bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities stay finite
+whatever the networks emit.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -128,7 +127,7 @@ class StochasticLayer(nn.Module):
         self.latent_channels = latent_channels
         self.prior = Bottleneck(width, hidden, width + 2 * latent_channels, grid, gain=0.0)
         self.posterior = Bottleneck(2 * width, hidden, 2 * latent_channels, grid, gain=gain)
-        self.look = conv(pictures, width + latent_channels, grid, gain=gain) if pictures else None
+        self.look = conv(pictures, width, grid, gain=gain) if pictures else None
         self.inject = conv(latent_channels, width, grid, pointwise=True, gain=gain)
         self.block = ResidualBlock(width, hidden, grid, gain=gain)
 
@@ -140,13 +139,8 @@ class StochasticLayer(nn.Module):
             evidence: The encoder's activation ``(B, width, *grid)``.
             missing: Picture of what is missing of the target band ``(B, pictures, *grid)``.
         """
-        if self.look is None or missing is None:
-            return self._guess(context, evidence)
-        seen = self.look(missing)
-        guess = self._guess(context, evidence + seen[:, self.latent_channels :])
-        return replace(guess, mean=guess.mean + seen[:, : self.latent_channels])
-
-    def _guess(self, context: Tensor, evidence: Tensor) -> Gaussian:
+        if self.look is not None and missing is not None:
+            evidence = evidence + self.look(missing)
         return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))
 
     def enter(self, context: Tensor) -> Entry:

@@ -131,15 +131,22 @@ def test_where_latents_come_from() -> None:
     torch.testing.assert_close(run(temperature=0.5), inferred.prior.mean + 0.5 * inferred.prior.sigma * noise)
 
 
-def test_what_is_missing_moves_the_mean_along_a_line() -> None:
+def test_what_is_missing_is_evidence_of_its_own() -> None:
     layer = StochasticLayer((4,), 6, 4, 1, gain=0.5, pictures=2)
     perturb(layer)
     assert layer.look is not None
-    torch.nn.init.zeros_(layer.look.weight[1:])  # What goes into the network.
+    assert layer.look.bias is not None
     context, evidence, missing = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.randn(2, 2, 4)
-    near, far, farther = (layer.guess(context, evidence, n * missing) for n in (0, 1, 100))
-    torch.testing.assert_close(farther.mean - near.mean, 100 * (far.mean - near.mean), rtol=1e-4, atol=1e-4)
-    assert torch.equal(near.log_sigma, farther.log_sigma)
+    unseen, seen = layer.guess(context, evidence), layer.guess(context, evidence, missing)
+    assert not torch.equal(unseen.mean, seen.mean)
+    assert not torch.equal(unseen.log_sigma, seen.log_sigma)
+    padded = torch.nn.functional.pad(missing, (1, 1))
+    kernel = layer.look.weight
+    told = sum(torch.einsum("oi,big->bog", kernel[..., k], padded[..., k : k + 4]) for k in range(3))
+    told = told + layer.look.bias[:, None]
+    explained = layer.guess(context, evidence - told, missing)
+    torch.testing.assert_close(explained.mean, unseen.mean)
+    torch.testing.assert_close(explained.log_sigma, unseen.log_sigma)
 
 
 def test_latents_change_the_context() -> None:
