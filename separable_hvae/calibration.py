@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from separable_hvae.checks import came
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.precision import full_precision
 from separable_hvae.signals import check_finite, pack
@@ -64,7 +65,11 @@ class BandMoments:
 
 
 def batches_of(
-    data: Tensor | Iterable[Tensor], decomp: Decomposition, device: torch.device, batch_size: int = 256
+    data: Tensor | Iterable[Tensor],
+    decomp: Decomposition,
+    device: torch.device,
+    batch_size: int = 256,
+    name: str = "data",
 ) -> Iterator[Tensor]:
     """Signals in batches ``(B, C, *size)`` that have been checked.
 
@@ -73,6 +78,7 @@ def batches_of(
         decomp: The decomposition.
         device: Where they go.
         batch_size: Signals in each batch of a tensor.
+        name: What errors call the data.
 
     Raises:
         TypeError: If ``data`` are of another kind.
@@ -83,16 +89,17 @@ def batches_of(
     try:
         batches = iter(data)
     except TypeError:
-        kind = type(data).__name__
-        raise TypeError(f"data must be a tensor (N, C, *size) or an iterable of such batches, got {kind}") from None
+        raise TypeError(
+            f"{name} must be a tensor (N, C, *size) or an iterable of such batches, got {came(data)}"
+        ) from None
     count = 0
     for batch in batches:
-        x = decomp.check_signal(batch, "data").to(device)
-        check_finite("data", x)
+        x = decomp.check_signal(batch, name).to(device)
+        check_finite(name, x)
         count += len(x)
         yield x
     if not count:
-        raise ValueError("data must hold at least one signal")
+        raise ValueError(f"{name} must hold at least one signal")
 
 
 def moments_of(data: Tensor | Iterable[Tensor], decomp: Decomposition, device: torch.device) -> list[BandMoments]:

@@ -8,7 +8,7 @@ With t in [0, 1] the share of the run that is done, the larger one of steps and 
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from separable_hvae.calibration import batches_of
 from separable_hvae.checks import (
     Allowed,
+    came,
     check_callable,
     check_flag,
     check_instance,
@@ -27,7 +29,7 @@ from separable_hvae.checks import (
     plain,
 )
 from separable_hvae.hvae import HVAE
-from separable_hvae.signals import check_finite, widen
+from separable_hvae.signals import widen
 
 CHECKPOINT = "checkpoint.safetensors"
 """Name of the checkpoint in its folder."""
@@ -75,7 +77,7 @@ class Options:
     ema: float
     clip: float
     skip: float
-    heldout: Tensor | None
+    heldout: Tensor | Iterable[Tensor] | None
     every: int
     augment: Augment | None
     checkpoint: str | os.PathLike[str] | None
@@ -123,7 +125,13 @@ class Options:
         check_instance("model", model, HVAE)
         assert isinstance(model, HVAE)
         if self.heldout is not None:
-            check_finite("heldout", model.decomp.check_signal(self.heldout, "heldout"))
+            if isinstance(self.heldout, Iterator):
+                raise TypeError(
+                    "heldout must be a tensor or batches that can be read time and again, such as a DataLoader, "
+                    f"got {came(self.heldout)}"
+                )
+            for _ in batches_of(self.heldout, model.decomp, model.start.device, name="heldout"):
+                pass
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model must have parameters to train, got none that requires a gradient")
         model.require_autograd()

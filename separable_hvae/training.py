@@ -7,7 +7,7 @@ to save. Schedules are functions of progress, the share of the steps or of the t
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Augment", "FitReport", "fit"]
 
 _CALIBRATED_ON = 4096
-_JUDGED_BY = 256  # Signals whose units are compared with the calibration.
 """Signals that the bands' means and deviations are taken of."""
+_JUDGED_BY = 256
+"""Signals whose units are compared with the calibration."""
 
 
 @dataclass
@@ -72,7 +73,7 @@ def fit(
     ema: float = 0.999,
     clip: float = 3.0,
     skip: float = 20.0,
-    heldout: Tensor | None = None,
+    heldout: Tensor | Iterable[Tensor] | None = None,
     every: int = 100,
     augment: Augment | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -106,7 +107,8 @@ def fit(
         clip: Gradients are clipped at this multiple of their typical norm; ``math.inf`` clips none.
         skip: A step is skipped where the norm exceeds this multiple of the typical one or is not finite,
             never more than three in a row; armed after 100 steps.
-        heldout: Signals to evaluate on, with the averaged weights.
+        heldout: Signals to evaluate on, with the averaged weights: a tensor, or batches such as those of a
+            ``DataLoader``, which are read once before the first step, to check them.
         every: Steps between log records; held-out signals are measured a tenth as often. Both come after the
             last of ``steps``, too.
         augment: Maps a batch and a generator to a batch, on the device.

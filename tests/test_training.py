@@ -734,6 +734,14 @@ def test_heldout_evaluation_and_log(tmp_path: Path) -> None:
     assert len(log.read_text().splitlines()) == len(report.records) + 2
 
 
+def test_heldout_batches_of_a_loader() -> None:
+    heldout = waves(6, seed=9)
+    expected = train(fresh(), steps=10, heldout=heldout, batch_size=4)
+    loader = DataLoader(cast(Any, Waves(heldout)), batch_size=4)
+    report = train(fresh(), steps=10, heldout=loader, batch_size=4)
+    assert [r for r in report.records if "heldout_loss" in r] == [r for r in expected.records if "heldout_loss" in r]
+
+
 def test_the_callback_sees_the_records_and_the_average(tmp_path: Path) -> None:
     seen: list[tuple[dict[str, Any], bool, dict[str, Tensor]]] = []
 
@@ -982,7 +990,14 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, module: str) 
         ({"heldout": torch.zeros(2, 3, 4)}, ValueError, "heldout must have shape (B, 1, 4), got (2, 3, 4)"),
         ({"heldout": torch.full((2, 1, 4), math.inf)}, ValueError, "heldout must be finite, got NaN or infinity"),
         ({"heldout": torch.zeros(0, 1, 4)}, ValueError, "heldout must hold at least one signal, got shape (0, 1, 4)"),
-        ({"heldout": [waves()]}, TypeError, "heldout must be a torch.Tensor, got list"),
+        ({"heldout": 3}, TypeError, "heldout must be a tensor (N, C, *size) or an iterable of such batches, got int"),
+        ({"heldout": [waves(), None]}, TypeError, "heldout must be a torch.Tensor, got None"),
+        ({"heldout": []}, ValueError, "heldout must hold at least one signal"),
+        (
+            {"heldout": iter([waves()])},
+            TypeError,
+            "heldout must be a tensor or batches that can be read time and again, such as a DataLoader, got list_",
+        ),
         ({"steps": np.True_}, TypeError, f"steps must be an integer, got {np.True_!r}"),
         ({"batch_size": np.float32(8)}, TypeError, f"batch_size must be an integer, got {np.float32(8)!r}"),
         ({"seed": torch.tensor(1)}, TypeError, "seed must be an integer, got a Tensor of shape (), torch.int64"),
