@@ -10,6 +10,7 @@ yet. Complex numbers count as two real ones, each with variance v.
 
 import math
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -79,6 +80,9 @@ class WhiteNoise(Noise):
         else:
             number = sigma.item() if isinstance(sigma, Tensor) else sigma
             sigma = check_number("sigma", number, "at least 0 and finite")
+        self._keep(sigma)
+
+    def _keep(self, sigma: float | Tensor) -> None:
         object.__setattr__(self, "sigma", sigma)
         object.__setattr__(self, "_identity", kept_by(sigma))
 
@@ -102,7 +106,11 @@ class WhiteNoise(Noise):
 
     @override
     def rows(self, rows: slice | Tensor) -> Self:
-        return type(self)(self.sigma[rows]) if isinstance(self.sigma, Tensor) and len(self.sigma) > 1 else self
+        if not isinstance(self.sigma, Tensor) or len(self.sigma) == 1:
+            return self
+        part = copy(self)
+        part._keep(self.sigma[rows])
+        return part
 
 
 class GaussianNoise(WhiteNoise):
@@ -125,8 +133,8 @@ class LaplaceNoise(WhiteNoise):
 class PoissonNoise(Noise):
     """Counts: ``y = gain · Poisson(ŷ / gain)``, for real operators whose predictions are intensities.
 
-    A prediction below a tenth of a count is bent upwards to stay positive. The variance that a prediction
-    leaves out is not counted.
+    A prediction r below a tenth of a count stands for ``0.1 exp(10 r − 1)`` counts, which stay positive. The variance
+    that a prediction leaves out is not counted.
 
     Args:
         gain: Measured value of one count.
@@ -140,9 +148,11 @@ class PoissonNoise(Noise):
     @override
     def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
         rate, counts = predicted / self.gain, y / self.gain
-        bent = _FEWEST_COUNTS * torch.exp(rate.clamp_max(_FEWEST_COUNTS) / _FEWEST_COUNTS - 1)
-        rate = torch.where(rate > _FEWEST_COUNTS, rate, bent)
-        return (rate - counts * rate.log()).flatten(1).sum(1)
+        high, few = rate > _FEWEST_COUNTS, rate.clamp_max(_FEWEST_COUNTS) / _FEWEST_COUNTS - 1
+        # The logarithm of what is bent is written down, not taken: the bent rate itself underflows to 0.
+        log_rate = torch.where(high, rate.clamp_min(_FEWEST_COUNTS).log(), few + math.log(_FEWEST_COUNTS))
+        rate = torch.where(high, rate, _FEWEST_COUNTS * few.exp())
+        return (rate - counts * log_rate).flatten(1).sum(1)
 
     @override
     def variance(self, y: Tensor) -> Tensor:
