@@ -8,7 +8,9 @@ and undersampled k-space knows some entries of every Fourier band.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -63,9 +65,7 @@ class KnownBands(DataTerm):
         self.masks = [_mask(i, mask, band) for i, (mask, band) in enumerate(zip(masks, bands, strict=True))]
 
     @classmethod
-    def of(
-        cls, x: Tensor, decomp: Decomposition, *, until: int, masks: Sequence[Tensor | None] | None = None
-    ) -> "KnownBands":
+    def of(cls, x: Tensor, decomp: Decomposition, *, until: int, masks: Sequence[Tensor | None] | None = None) -> Self:
         """The bands of signals ``(B, C, *size)`` up to the scale ``until``."""
         count = decomp.band_index(until) + 1
         return cls(decomp.analysis(x)[:count], masks)
@@ -75,9 +75,10 @@ class KnownBands(DataTerm):
         return next(len(band) for band in self.bands if band is not None)
 
     @override
-    def rows(self, rows: slice | Tensor) -> "KnownBands":
-        bands, masks = ([None if t is None else t[rows] for t in part] for part in (self.bands, self.masks))
-        return KnownBands(bands, masks, self.sigma)
+    def rows(self, rows: slice | Tensor) -> Self:
+        part = copy(self)
+        part.bands, part.masks = ([None if t is None else t[rows] for t in ts] for ts in (self.bands, self.masks))
+        return part
 
     @override
     def guess(self, model: HVAE) -> Tensor:

@@ -4,7 +4,8 @@ r"""Measurements y ≈ A(x) of signals, with A any linear or differentiable oper
 
 under Gaussian, Laplace or Poisson noise. A decoder leaves each signal a standard deviation of σ, so the
 variance of y around A(Σ B h) is σ_n² + σ² A A*, where A A* counts by its eigenvalue (one number; exact
-for masks, averages over blocks and whatever else has A A* = g I on its range). A subset sees
+for masks, averages over blocks and whatever else has A A* = g I on its range; if A is not linear, that of
+its derivative at what the encoder sees). A subset sees
 
     d_s(h_s) = −log p(y | A(B_s h_s + Σ_{s'≠s} B_s' h_s'))
 
@@ -14,9 +15,10 @@ finer bands do not speak.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ class Measurement(DataTerm):
         noise: A :class:`Noise`, or the standard deviation of Gaussian noise (of real and imaginary part
             alike; 0 for none; a tensor that broadcasts to y where samples or entries differ). ``None`` reads
             the ``noise_model`` of a deepinv physics.
-        adjoint: A callable ``(y, *given) -> x``; ``None`` takes the physics' own, or autograd's.
+        adjoint: A callable ``(y, *given) -> x``, of a linear operator; ``None`` takes the physics' own, or autograd's.
         given: Tensors, batch first, that the operator takes besides signals: masks, coil sensitivities.
         linear: Whether the operator is linear up to an offset.
         stacked: Whether the operator takes real and imaginary part as channels ``(B, 2C, *size)``, as
@@ -111,9 +113,9 @@ class Measurement(DataTerm):
             raise TypeError(f"noise must be a Noise or a standard deviation, got {noise!r}")
         self.noise = noise if isinstance(noise, Noise) else GaussianNoise(noise)
         self.noise.check(y)
-        self.y, self.given, self.linear, self.start = y.detach(), tuple(given), linear, start
+        self.y, self.given, self.start = y.detach(), tuple(given), start
         self.fill: Fill = fill
-        self.operator = Operator(operator, adjoint, stacked)
+        self.operator = Operator(operator, adjoint if linear else None, stacked, linear)
         if not linear and not bool((self._variance(self.y) > 0).all()):
             raise ValueError("noise must have a positive standard deviation where the operator is not linear, got 0")
 
@@ -122,25 +124,18 @@ class Measurement(DataTerm):
         return len(self.y)
 
     @override
-    def rows(self, rows: slice | Tensor) -> "Measurement":
-        return Measurement(
-            self.y[rows],
-            self.operator.forward,
-            self.noise.rows(rows),
-            adjoint=self.operator.adjoint,
-            given=[t[rows] for t in self.given],
-            linear=self.linear,
-            stacked=self.operator.stacked,
-            start=None if self.start is None else self.start[rows],
-            fill=self.fill,
-        )
+    def rows(self, rows: slice | Tensor) -> Self:
+        part = copy(self)
+        part.y, part.noise, part.given = self.y[rows], self.noise.rows(rows), tuple(t[rows] for t in self.given)
+        part.start = None if self.start is None else self.start[rows]
+        return part
 
     @override
     def guess(self, model: HVAE) -> Tensor:
         y, given = self._read(model)
         mean = self._mean(model)
         self.operator.predict(mean, y, given)
-        if self.linear:
+        if self.operator.linear:
             self.operator.require_laws(mean, y, given)
         if self.start is not None:
             x = model.decomp.check_signal(self.start, "start")
@@ -190,7 +185,7 @@ class Measurement(DataTerm):
         """
         check_instance("model", model, HVAE)
         check_generator(generator)
-        if not self.linear:
+        if not self.operator.linear:
             raise ValueError("correct needs an operator that is linear")
         if len(model.decomp.check_signal(x)) != len(self):
             raise ValueError(f"x must hold {len(self)} signals, as many as were measured, got {len(x)}")
@@ -233,8 +228,6 @@ class Measurement(DataTerm):
 
     def _left(self, model: HVAE, like: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
         """Variance that the decoder's own σ adds to real measurements, ``(B, 1, …)``."""
-        if not self.linear:
-            return real(y).new_zeros(())
         gain = self.operator.gain(like, y, given).clamp_min(1e-12)  # Samples of which nothing is measured.
         return model.sigma.detach().square() * (gain[..., None] if y.is_complex() else gain)
 

@@ -32,11 +32,13 @@ class Operator:
         adjoint: ``(y, *given) -> x``, the adjoint of its linear part; ``None`` takes autograd's.
         stacked: Whether it takes and gives complex signals as real ones, real and imaginary part as
             channels ``(B, 2C, *size)``.
+        linear: Whether it is linear up to an offset. Otherwise its derivative is, which has autograd's adjoint.
     """
 
     forward: Map
     adjoint: Map | None = None
     stacked: bool = False
+    linear: bool = True
 
     def predict(self, x: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
         """``A(x)``, checked against measurements ``y``.
@@ -61,7 +63,7 @@ class Operator:
         return predicted
 
     def transposed(self, y: Tensor, like: Tensor, given: Sequence[Tensor]) -> Tensor:
-        """``A* y``, with the shape and dtype of signals ``like``.
+        """``A* y``, with the shape and dtype of signals ``like``; of the derivative there, if A is not linear.
 
         Raises:
             TypeError: If the adjoint fails on ``y``, or gives another kind of numbers than signals are.
@@ -69,7 +71,7 @@ class Operator:
         """
         if self.adjoint is None:
             with torch.inference_mode(False), torch.enable_grad():
-                at = torch.zeros_like(like).requires_grad_()
+                at = like.clone().detach().requires_grad_()
                 predicted = self.predict(at, y, given)
                 if not predicted.requires_grad:
                     raise TypeError(
@@ -114,11 +116,20 @@ class Operator:
             )
 
     def gain(self, like: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
-        """The eigenvalue of ``A A*`` where it has one beside 0, else a mean of them: ``(B, 1, …)``, like ``y``."""
-        generator = torch.Generator().manual_seed(0)
+        """The eigenvalue of ``A A*`` where it has one beside 0, else a mean of them: ``(B, 1, …)``, like ``y``.
+
+        That of the derivative at signals ``like``, if A is not linear.
+        """
+        generator, small = torch.Generator().manual_seed(0), torch.finfo(size_type(y)).tiny
         back = self.transposed(_noise(y, generator), like, given)
-        through = self.predict(back, y, given) - self.predict(torch.zeros_like(like), y, given)
-        small = torch.finfo(size_type(y)).tiny
+        if self.linear:
+            through = self.predict(back, y, given) - self.predict(torch.zeros_like(like), y, given)
+        else:
+            # A difference asks less of an operator than a second derivative would.
+            at = norm(like)
+            size = torch.finfo(size_type(y)).eps ** (1 / 3) * torch.where(at > 0, at, 1) / norm(back).clamp_min(small)
+            ahead, behind = (self.predict(like + _rows(step, like) * back, y, given) for step in (size, -size))
+            through = (ahead - behind) / _rows(2 * size, y)
         found = norm(through).square() / norm(back).square().clamp_min(small)
         return found.reshape(-1, *[1] * (y.ndim - 1))
 

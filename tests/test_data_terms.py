@@ -424,7 +424,9 @@ def test_an_operator_that_is_not_linear_needs_a_start() -> None:
     bands = random_bands(model.decomp)
     bound = term.bind(model, model.observe(term.guess(model)))
     ((_, found),) = bound.misfit.total(bands, bound.data)
-    wanted = (model.decomp.synthesis(bands).square() - y).square().flatten(1).sum(1) / (2 * 0.25)
+    # At 0.5 the derivative 2x is 1: the decoder's own σ adds its square.
+    variance = 0.25 + float(model.sigma) ** 2
+    wanted = (model.decomp.synthesis(bands).square() - y).square().flatten(1).sum(1) / (2 * variance)
     torch.testing.assert_close(found, wanted)
     with pytest.raises(ValueError, match="correct needs an operator that is linear"):
         term.correct(model, y)
