@@ -33,7 +33,7 @@ def main() -> None:
 
     _, channels, size, _ = images.shape
     model = HVAE(Wavelet2(size, "haar", channels), layers=3, width=32, bottleneck=16, blocks=1, sigma=0.05)
-    model.to(memory_format=torch.channels_last)
+    model.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
     print(f"{len(images)} images to train on, {len(held_out)} held out; {model.depth} layers, scales {model.scales}")
     fit(model, images, steps=args.steps, batch_size=32, learning_rate=8e-3, seed=args.seed)
 
@@ -44,7 +44,7 @@ def main() -> None:
         "iterative, N = 25": MAPRefiner(steps=25, init="prior"),
         "hybrid, N = 25": MAPRefiner(steps=25),
     }
-    held_out = held_out[:300].to(model.start.device)
+    held_out = held_out[:300].to(model.device)
     results: dict[str, Result] = {}
     print(f"\n{'':20}{'MSE, 8 bit':>12}{'NLL, nats/dim':>16}{'ms/image':>10}{'improved':>10}")
     for name, refiner in methods.items():

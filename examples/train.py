@@ -63,7 +63,7 @@ def train(setup: Setup, source: Path, out: Path, accelerator: Accelerator, **opt
     def show(record: dict[str, Any], average: HVAE) -> None:
         if "heldout_loss" not in record:
             return
-        here = torch.Generator(average.start.device).manual_seed(0)
+        here = torch.Generator(average.device).manual_seed(0)
         (out / "samples").mkdir(exist_ok=True)
         grid(average.sample(64, generator=here)).save(out / "samples" / f"step-{record['step']:07d}.png")
         held = {k.removeprefix("heldout_"): v for k, v in record.items()}

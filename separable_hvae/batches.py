@@ -51,7 +51,7 @@ class Batches:
         self.data, self.batch, self.seed, self.workers = data, batch_size, seed, workers
         self.rank, self.world, self.decomp = rank, world, model.decomp
         if isinstance(data, Tensor):
-            self.data = model.decomp.check_signal(data, "data").to(model.start.device)
+            self.data = model.decomp.check_signal(data, "data").to(model.device)
             check_finite("data", self.data)
         elif isinstance(data, (IterableDataset, Mapping, np.ndarray)) or not _is_indexed(data):
             hint = ": pass its dataset, and batch_size and workers to fit" if isinstance(data, DataLoader) else ""

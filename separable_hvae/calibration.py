@@ -23,7 +23,7 @@ from torch import Tensor
 from separable_hvae.checks import came
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.precision import full_precision
-from separable_hvae.signals import check_finite, pack
+from separable_hvae.signals import check_finite, finest, pack
 
 _FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
 _OTHER_UNITS = 10.0
@@ -36,7 +36,7 @@ class BandMoments:
 
     Attributes:
         count: Signals seen.
-        mean: Mean of each coefficient, float64 ``band_shape``.
+        mean: Mean of each coefficient, ``band_shape``.
         square: Mean square over all coefficients.
     """
 
@@ -47,7 +47,7 @@ class BandMoments:
     @classmethod
     def of(cls, band: Tensor) -> "BandMoments":
         """Moments of a batch of bands ``(B, *band_shape)``."""
-        band = band.detach().double()
+        band = finest(band.detach())
         return cls(len(band), band.mean(0), float(band.square().mean()))
 
     def __add__(self, other: "BandMoments") -> "BandMoments":

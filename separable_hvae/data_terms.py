@@ -7,7 +7,8 @@ depend on its neighbours. Known signals are compared by the model's own likeliho
     "l1"    √2 ‖ĥ − h‖₁ / σ           Laplace of the same variance
 
 which orthonormal bands split exactly, band by band. Other decompositions have one data term on the
-signal, and each subset aims at the target that its coarser bands leave it.
+signal, and each subset aims at the target that its coarser bands leave it: what its band adds to the
+signal is compared with what that target would.
 """
 
 import math
@@ -159,7 +160,8 @@ class Signal(DataTerm):
 
         def aims(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
             x, sigma = data
-            return [model.left(index, x, [band for band in bands[:index] if band is not None]), sigma]
+            target = model.left(index, x, [band for band in bands[:index] if band is not None])
+            return [_piece(model.decomp, index, target), sigma]
 
         return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x, sigma], aims, pure=True)
 
@@ -198,8 +200,8 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class _TargetMisfit(Misfit):
-    """Each subset's band against the target that is left for it.
+class BandMisfit(Misfit):
+    """Orthonormal bands against known ones, each on its own.
 
     The model's σ comes last, in what a subset aims at and in the data.
     """
@@ -211,10 +213,6 @@ class _TargetMisfit(Misfit):
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
         return self.distance(band, *aim)
 
-
-class BandMisfit(_TargetMisfit):
-    """Orthonormal bands against known ones, each on its own."""
-
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         *targets, sigma = data
@@ -222,8 +220,16 @@ class BandMisfit(_TargetMisfit):
         return [(scale, self.distance(band, target, sigma)) for scale, band, target in parts]
 
 
-class SignalMisfit(_TargetMisfit):
-    """Bands of any decomposition against a known signal."""
+@dataclass(frozen=True)
+class SignalMisfit(Misfit):
+    """Bands of any decomposition against a known signal, the model's σ last as above."""
+
+    decomp: Decomposition
+    distance: Distance
+
+    @override
+    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+        return self.distance(_piece(self.decomp, index, band), *aim)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
@@ -231,6 +237,12 @@ class SignalMisfit(_TargetMisfit):
         with full_precision(bands[0].device):
             reconstruction = self.decomp.synthesis(bands)
         return [(self.decomp.scales[-1], self.distance(pack(reconstruction), pack(x), sigma))]
+
+
+def _piece(decomp: Decomposition, index: int, band: Tensor) -> Tensor:
+    """What one band adds to the signal, as real numbers ``(B, ...)``."""
+    with full_precision(band.device):
+        return pack(decomp.synthesis([*[None] * index, band]))
 
 
 def squared_error(h_hat: Tensor, h: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from separable_hvae.calibration import batches_of
 from separable_hvae.checks import check_instance, check_integer, check_number, check_seed
 from separable_hvae.hvae import HVAE
-from separable_hvae.signals import pack
+from separable_hvae.shared import evaluating
+from separable_hvae.signals import finest, pack
 
 _ACTIVE_NATS = 0.01
 
@@ -34,7 +35,7 @@ def evaluate(
     """Measure a model on held-out signals, with posterior samples.
 
     Args:
-        model: The model; its mode is left as it was.
+        model: The model; its mode, and that of each of its modules, is left as it was.
         data: Signals ``(N, C, *size)``, or batches of them, such as those of a ``DataLoader``.
         batch_size: Signals in each pass, where ``data`` are one tensor.
         seed: Seed of the posterior samples.
@@ -57,12 +58,9 @@ def evaluate(
     batch_size, seed = check_integer("batch_size", batch_size, 1), check_seed("seed", seed)
     if bin_width is not None:
         bin_width = check_number("bin_width", bin_width, "positive and finite")
-    batches = batches_of(data, model.decomp, model.start.device, batch_size)
-    was_training = model.training
-    try:
-        found = _measure(model.eval(), batches, torch.Generator(model.start.device).manual_seed(seed))
-    finally:
-        model.train(was_training)
+    batches = batches_of(data, model.decomp, model.device, batch_size)
+    with evaluating(model):
+        found = _measure(model, batches, torch.Generator(model.device).manual_seed(seed))
     if bin_width is not None:
         found["bits"] = (found["loss"] - math.log(bin_width)) / math.log(2)
     return found
@@ -79,8 +77,8 @@ def _measure(model: HVAE, batches: Iterable[Tensor], generator: torch.Generator)
         passes = model.top_down([None] * model.depth, len(x), seen, generator=generator)
         result = model.result(passes, x.dtype, seen.x)
         assert result.kl is not None
-        loss -= float(result.elbo.double().sum())
-        layers += result.kl.double().sum(0).cpu()
+        loss -= float(finest(result.elbo).sum())
+        layers += finest(result.kl).sum(0).cpu()
         mse += float(_squares(result.reconstruction, x))
         residual = residuals.new_tensor(band_residuals(model, result.reconstruction - x))
         residuals += len(x) * residual.square()

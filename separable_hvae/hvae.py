@@ -89,6 +89,12 @@ class HVAE(Pretrained, nn.Module):
 
     log_sigma: Tensor
     calibrated: Tensor
+    magnitude: Tensor
+    """Root mean square of the data that the model was calibrated with: a scalar.
+
+    The encoder sees signals in this unit where it exceeds one: it learns badly from large numbers, and
+    well from small ones.
+    """
     subsets: Sequence[Subset]
 
     def __init__(
@@ -151,6 +157,7 @@ class HVAE(Pretrained, nn.Module):
         sigma = self._set_sigma(sigma)
         self._moments: list[BandMoments] | None = None
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("magnitude", torch.ones(()))
         self.config: dict[str, Any] = {
             "layers": counts[0] if is_integer(layers) else counts,
             "width": width,
@@ -215,6 +222,11 @@ class HVAE(Pretrained, nn.Module):
         return [(layer.latent_channels, *layer.grid) for subset in self.subsets for layer in subset.layers]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is, and signals and latents have to be."""
+        return self.start.device
+
+    @property
     def precision(self) -> torch.dtype:
         """The real dtype of everything outside the networks: float32, or float64 in a float64 model."""
         return torch.float64 if self.start.dtype == torch.float64 else torch.float32
@@ -222,7 +234,7 @@ class HVAE(Pretrained, nn.Module):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the units of the data in float32 at least: half precision is for networks."""
-        owners: list[tuple[nn.Module, str]] = [(self, "log_sigma")]
+        owners: list[tuple[nn.Module, str]] = [(self, "log_sigma"), (self, "magnitude")]
         owners += [(subset, name) for subset in self.subsets for name in ("centre", "unit")]
         before = [cast(Tensor, getattr(owner, name)).detach() for owner, name in owners]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -243,14 +255,9 @@ class HVAE(Pretrained, nn.Module):
         return self.log_sigma.clamp(*_LOG_SIGMA_RANGE).exp()
 
     @property
-    def magnitude(self) -> Tensor:
-        """Root mean square of the data that the model was calibrated with, for orthonormal bands: a scalar.
-
-        The encoder sees signals in this unit where it exceeds one: it learns badly from large numbers, and
-        well from small ones.
-        """
-        energy = [(s.centre.square() + s.unit.square()).sum() for s in self.subsets]
-        return (torch.stack(energy).sum() / self.decomp.numel).sqrt().to(self.precision)
+    def is_calibrated(self) -> bool:
+        """Whether the bands' means and deviations are settled, by :meth:`calibrate` or by training."""
+        return int(self.calibrated) >= _WARM_UP_BATCHES
 
     # The top-down pass.
 
@@ -262,8 +269,8 @@ class HVAE(Pretrained, nn.Module):
             ValueError: If its shape does not fit, it is on another device, or it is not finite.
         """
         x = self.decomp.check_signal(x)
-        if x.device != self.start.device:
-            raise ValueError(f"x is on {x.device}, the model on {self.start.device}")
+        if x.device != self.device:
+            raise ValueError(f"x is on {x.device}, the model on {self.device}")
         check_finite("x", x)
         x = x.to(self._signal_dtype(self.precision))
         activations = self.encoder((pack(x) / self.magnitude.clamp_min(1)).to(self.start.dtype))
@@ -273,18 +280,18 @@ class HVAE(Pretrained, nn.Module):
                 targets = self.decomp.checked_analysis(x)
         return Observation(x, dict(zip(self.scales, activations, strict=True)), targets)
 
-    def target(self, index: int, seen: Observation, coarser: Sequence[Tensor]) -> Tensor:
-        """The band that subset ``index`` aims at, ``t_s = project(s, x − Σ_{s'<s} B h_{s'})``, detached."""
-        return self.left(index, seen.x, coarser) if seen.targets is None else seen.targets[index].detach()
-
     def left(self, index: int, x: Tensor, coarser: Sequence[Tensor]) -> Tensor:
-        """What coarser bands leave of signals ``x`` to the band of subset ``index``, detached."""
-        with full_precision(x.device):
-            residual = x - self.decomp.synthesis(coarser) if coarser else x
-            return self.decomp.project(self.subsets[index].scale, residual).detach()
+        """The band that coarser ones leave of signals ``x`` to subset ``index``, ``project(s, x − Σ_{s'<s} B h_{s'})``.
 
-    def evidence(self, index: int, seen: Observation, target: Tensor) -> Evidence:
-        """What the posteriors of subset ``index`` see."""
+        No gradient goes to the coarser bands.
+        """
+        with full_precision(x.device):
+            residual = x - self.decomp.synthesis([band.detach() for band in coarser]) if coarser else x
+            return self.decomp.project(self.subsets[index].scale, residual)
+
+    def evidence(self, index: int, seen: Observation, coarser: Sequence[Tensor]) -> Evidence:
+        """What the posteriors of subset ``index`` see, given the coarser bands."""
+        target = self.left(index, seen.x, coarser) if seen.targets is None else seen.targets[index]
         return self.subsets[index].evidence(seen.activations, target)
 
     def top_down(
@@ -304,7 +311,7 @@ class HVAE(Pretrained, nn.Module):
             last = first + len(subset.layers)
             given, evidence = latents[first:last], None
             if seen is not None and any(z is None for z in given):
-                evidence = self.evidence(i, seen, self.target(i, seen, [p.band for p in passes]))
+                evidence = self.evidence(i, seen, [p.band for p in passes])
             step = subset(context, given, evidence, temperature=temperature, generator=generator)
             passes.append(step)
             context, first = step.context, last
@@ -355,7 +362,8 @@ class HVAE(Pretrained, nn.Module):
     def encode(self, x: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None) -> Result:
         """Amortized inference: reconstruct signals from posterior means, or at a temperature.
 
-        Differentiable: call it under ``torch.no_grad()`` for numbers and pictures.
+        Differentiable: call it under ``torch.no_grad()`` for numbers and pictures. Where bands are not
+        orthonormal, no gradient goes through what coarser bands leave to the targets of finer ones.
 
         Args:
             x: Signals ``(B, C, *size)``.
@@ -415,8 +423,8 @@ class HVAE(Pretrained, nn.Module):
         if given is None:
             raise ValueError("latents must hold at least one tensor; use sample(n) to draw all of them")
         for i, z in enumerate(full):
-            if z is not None and z.device != self.start.device:
-                raise ValueError(f"latents[{i}] is on {z.device}, the model on {self.start.device}")
+            if z is not None and z.device != self.device:
+                raise ValueError(f"latents[{i}] is on {z.device}, the model on {self.device}")
         passes = self.top_down(full, len(given), until=until, temperature=temperature, generator=generator)
         return self.result(passes, self._signal_dtype(given.dtype))
 
@@ -438,11 +446,11 @@ class HVAE(Pretrained, nn.Module):
             ValueError: If the model was built under ``torch.inference_mode``.
         """
         self.require_autograd()
-        *bands, signals = moments_of(data, self.decomp, self.start.device)
-        self._standardise(bands)
+        moments = moments_of(data, self.decomp, self.device)
+        self._standardise(moments)
         self.calibrated.fill_(_WARM_UP_BATCHES)
         is_learned = isinstance(self.log_sigma, nn.Parameter)
-        warn_of_sigma(*(_SIGMA_RANGE if is_learned else (float(self.sigma),) * 2), signals)
+        warn_of_sigma(*(_SIGMA_RANGE if is_learned else (float(self.sigma),) * 2), moments[-1])
 
     @torch.no_grad()
     def _observe_bands(self, seen: Observation) -> None:
@@ -451,7 +459,7 @@ class HVAE(Pretrained, nn.Module):
             return
         with full_precision(seen.x.device):
             bands = seen.targets if seen.targets is not None else self.decomp.checked_analysis(seen.x)
-        moments = [BandMoments.of(band) for band in bands]
+        moments = [BandMoments.of(part) for part in (*bands, pack(seen.x))]
         if batches and self._moments is not None:
             moments = [a + b for a, b in zip(self._moments, moments, strict=True)]
         self._moments = moments if batches + 1 < _WARM_UP_BATCHES else None
@@ -459,10 +467,13 @@ class HVAE(Pretrained, nn.Module):
         self.calibrated.fill_(batches + 1)
 
     def _standardise(self, moments: Sequence[BandMoments]) -> None:
-        for subset, moment, unit in zip(self.subsets, moments, units(moments), strict=True):
-            # New tensors: an earlier pass may still need the old ones for its gradients, and a later one
-            # could not use tensors made in inference mode.
-            with torch.inference_mode(False):
+        """Take over moments of the bands and, last, of the signals, see :func:`moments_of`."""
+        *bands, signals = moments
+        # New tensors: an earlier pass may still need the old ones for its gradients, and a later one
+        # could not use tensors made in inference mode.
+        with torch.inference_mode(False):
+            self.magnitude = torch.full_like(self.magnitude, math.sqrt(signals.square) or 1.0)
+            for subset, moment, unit in zip(self.subsets, bands, units(bands), strict=True):
                 subset.centre = moment.mean.to(subset.centre, copy=True)
                 subset.unit = torch.full_like(subset.unit, unit)
 
@@ -478,7 +489,7 @@ class HVAE(Pretrained, nn.Module):
             ValueError: If one is missing or has the wrong shape.
         """
         full = require_all(name, latents, self.latent_shapes, batch)
-        return [z.detach().to(self.start.device, self.precision) for z in full]
+        return [z.detach().to(self.device, self.precision) for z in full]
 
     def _signal_dtype(self, real: torch.dtype) -> torch.dtype:
         if not self.decomp.is_complex:

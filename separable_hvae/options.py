@@ -130,7 +130,7 @@ class Options:
                     "heldout must be a tensor or batches that can be read time and again, such as a DataLoader, "
                     f"got {came(self.heldout)}"
                 )
-            for _ in batches_of(self.heldout, model.decomp, model.start.device, name="heldout"):
+            for _ in batches_of(self.heldout, model.decomp, model.device, name="heldout"):
                 pass
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model must have parameters to train, got none that requires a gradient")

@@ -356,4 +356,4 @@ def _planes(x: Tensor) -> Tensor:
 
 def _numbers(signal: Tensor, down: Tensor) -> "npt.NDArray[np.float64]":
     """One signal ``(C, N)`` as columns ``(N, C)``, each channel lowered by its entry of ``down``."""
-    return (signal.double().cpu().mT - down).numpy()
+    return (signal.cpu().double().mT - down).numpy()

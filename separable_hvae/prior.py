@@ -10,6 +10,9 @@ from torch import Tensor
 
 from separable_hvae.hvae import HVAE
 from separable_hvae.precision import full_precision
+from separable_hvae.signals import pack
+
+_DRAWS = 16
 
 
 def mean_bands(model: HVAE) -> list[Tensor]:
@@ -32,10 +35,14 @@ def covariance(model: HVAE, x: Tensor) -> Tensor:
 
 
 def white(model: HVAE, x: Tensor) -> Tensor:
-    """The same with one deviation for every coefficient, whose square is their mean one."""
-    sizes = [subset.centre.numel() for subset in model.subsets]
-    energy = torch.stack([n * v for n, v in zip(sizes, variances(model), strict=True)]).sum()
-    return x * (energy / sum(sizes))
+    """The same with one deviation for every entry, whose square is the mean one: ``tr C / dim x``."""
+    if model.decomp.orthonormal:
+        sizes = [subset.centre.numel() for subset in model.subsets]
+        variance = torch.stack([n * v for n, v in zip(sizes, variances(model), strict=True)]).sum() / sum(sizes)
+    else:
+        with full_precision(x.device):
+            variance = pack(model.decomp.synthesis(draws(model, _DRAWS))).square().mean()
+    return x * variance
 
 
 def draws(model: HVAE, n: int) -> list[Tensor]:
@@ -43,7 +50,7 @@ def draws(model: HVAE, n: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [subset.centre.shape for subset in model.subsets]
     noise = [[torch.randn(s, generator=generator, device="cpu", dtype=torch.float64) for s in shapes] for _ in range(n)]
-    bands = [torch.stack(band).to(model.start.device, model.precision) for band in zip(*noise, strict=True)]
+    bands = [torch.stack(band).to(model.device, model.precision) for band in zip(*noise, strict=True)]
     return [v.sqrt() * band for v, band in zip(variances(model), bands, strict=True)]
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 
+from torch import nn
+
 _LOCK = Lock()
 _HELD: dict[Hashable, tuple[AbstractContextManager[object], int]] = {}
 
@@ -32,6 +34,18 @@ def shared(key: Hashable, change: Callable[[], AbstractContextManager[object]]) 
                 _HELD[key] = context, holders - 1
             else:
                 context.__exit__(None, None, None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module has its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def is_held(key: Hashable) -> bool:

@@ -1,11 +1,13 @@
 """Signals as tensors: complex ones as real numbers, other grids, and what is no number."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from typing_extensions import override
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex128, torch.complex64)
@@ -48,10 +50,34 @@ def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
     return torch.view_as_complex(rearrange(y, "b (c two) ... -> b c ... two", two=2).contiguous())
 
 
+class _AllFinite(torch.autograd.Function):
+    """Whether every entry is finite: under ``torch.func.vmap`` one answer for the whole batch, which Python may read."""
+
+    @staticmethod
+    @override
+    def forward(x: Tensor) -> Tensor:
+        return torch.isfinite(x).all()
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """There is nothing to differentiate."""
+
+    @staticmethod
+    @override
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, None]:
+        return _AllFinite.apply(x), None
+
+
 def check_finite(name: str, x: Tensor) -> None:
     """Raise a ``ValueError`` if a tensor holds NaN or infinity."""
-    if not bool(torch.isfinite(x).all()):
+    if not bool(_AllFinite.apply(x.detach())):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def finest(x: Tensor) -> Tensor:
+    """Real numbers as float64, or float32 on Apple's GPUs, which have no finer ones."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def widen(x: Tensor) -> Tensor:

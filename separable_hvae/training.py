@@ -92,9 +92,10 @@ def fit(
     Works under ``no_grad`` and ``inference_mode`` too.
 
     Args:
-        model: The model, changed in place and moved to the accelerator's device. Its bands are calibrated on the
-            data, if they have not been; otherwise data in other units, by a factor of ten, draw a warning.
-        data: Signals ``(N, C, *size)``, kept on the device as a whole, or a map-style dataset of signals, whose
+        model: The model, changed in place. It is trained on the accelerator's device, a GPU where there is one,
+            and afterwards where it was before. Its bands are calibrated on the data, if they have not been;
+            otherwise data in other units, by a factor of ten, draw a warning.
+        data: Signals ``(N, C, *size)``, copied to the device as a whole, or a map-style dataset of signals, whose
             own random transforms a resumed run does not repeat, see below.
         steps: Optimizer steps; give this or ``time_budget``, or both: the first to be reached ends the run.
         time_budget: Seconds of training in all, over interruptions.
@@ -161,19 +162,28 @@ def fit(
     options = Options(**given)
     options.check_model(model)
     try:
-        from tqdm.auto import tqdm
+        import tqdm.auto  # noqa: F401
 
         accelerator = _accelerator(accelerator)
     except ImportError as error:
         raise ImportError('fit needs the extra "train": pip install "separable-hvae[train]"') from error
+    home = model.device
+    try:
+        return _train(model.to(accelerator.device), data, options, accelerator)
+    finally:
+        model.to(home)
+
+
+def _train(model: HVAE, data: "Tensor | Dataset[Tensor]", options: Options, accelerator: "Accelerator") -> FitReport:
+    from tqdm.auto import tqdm
+
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-    model.to(accelerator.device)
     batches = Batches(model, data, options.batch_size, options.seed, options.workers, rank, world)
     file = options.file
     resumed = file is not None and file.exists()
     if not resumed:
-        if int(model.calibrated):
-            few = moments_of(batches.first(_JUDGED_BY), model.decomp, model.start.device)
+        if model.is_calibrated:
+            few = moments_of(batches.first(_JUDGED_BY), model.decomp, model.device)
             warn_of_other_units(float(model.magnitude), few[-1])
         else:
             model.calibrate(batches.first(_CALIBRATED_ON))
@@ -181,6 +191,7 @@ def fit(
     state = learner.state
     if file is not None and resumed:
         state.load(file)
+    log = options.log
     records = Records(Path(log), state.step if resumed else None) if log is not None and main else None
     shown = options.progress and main
 
@@ -196,16 +207,18 @@ def fit(
         if not resumed:
             save()
         journal, interrupted = Journal(options, learner, records, bar), False
-        began, saved = clock() - state.seconds, time.monotonic()
+        began, saved = options.clock() - state.seconds, time.monotonic()
         for batch in batches.start_at(state.step):
-            state.seconds, stop, enough = _agreed(accelerator, clock() - began, interruption.requested, journal.enough)
+            state.seconds, stop, enough = _agreed(
+                accelerator, options.clock() - began, interruption.requested, journal.enough
+            )
             done = options.done(state.step, state.seconds)
             if done >= 1 or stop or enough:
                 interrupted = done < 1 and not enough
                 break
             journal.note(learner.step(batch, done))
             if time.monotonic() - saved > options.checkpoint_every:
-                state.seconds = clock() - began
+                state.seconds = options.clock() - began
                 save()
                 saved = time.monotonic()
         save()

@@ -216,8 +216,11 @@ class ClosedForm:
         return np.asarray(self.analysis[index] @ (x - sum((b @ h(z) for b, h in pairs), np.zeros_like(x))))
 
     def misfit(self, index: int, target: Array, beta: float) -> Affine:
-        """Whitened error of a subset's band."""
-        return self.bands[index].minus(target).scaled(math.sqrt(beta) / self.sigma)
+        """Whitened error of a subset's band; where bands are not orthonormal, of what it adds to the signal."""
+        error = self.bands[index].minus(target)
+        if not self.orthonormal:
+            error = Affine(self.synthesis[index] @ error.matrix, self.synthesis[index] @ error.offset)
+        return error.scaled(math.sqrt(beta) / self.sigma)
 
     def whitened(self, x: Array, guidance: Mapping[int, float] | None = None) -> Affine:
         """``Mz + m``: all priors and the data."""

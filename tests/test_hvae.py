@@ -405,11 +405,16 @@ def test_posteriors_see_what_is_left_to_say(make: Make) -> None:
             torch.testing.assert_close(picture, expected)
 
 
-def test_targets_pass_no_gradients() -> None:
+def test_gradients_of_the_signals_against_finite_differences() -> None:
+    model = tiny(FFT1Real(4, channels=2)).double().eval()
+    x = signal(model.decomp, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: model.encode(x).reconstruction, x)
+
+
+def test_coarser_bands_get_no_gradient_from_what_they_leave() -> None:
     model = tiny(FFT1Real(4))
-    x = signal(model.decomp, dtype=torch.float32).requires_grad_()
-    for i in range(len(model.subsets)):
-        assert not model.target(i, model.observe(x), []).requires_grad
+    coarse = model.encode(signal(model.decomp, dtype=torch.float32)).bands[:1]
+    assert not model.left(1, signal(model.decomp, dtype=torch.float32), coarse).requires_grad
 
 
 # Units.

@@ -922,7 +922,7 @@ def test_tf32_is_for_steps_alone() -> None:
     """What is set for CUDA while something runs, on a device that pretends."""
     given, cuda = float32_settings(), torch.device("cuda")
     seen: dict[str, Any] = {}
-    refiner, model = MAPRefiner(1, precision="tf32"), SimpleNamespace(start=SimpleNamespace(device=cuda))
+    refiner, model = MAPRefiner(1, precision="tf32"), SimpleNamespace(device=cuda)
     with refiner._full(cast(HVAE, model)):
         seen["start"] = float32_settings()
         with refiner._lowered(cast(HVAE, model)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from separable_hvae.refine.problem import Problem
+from separable_hvae.signals import finest
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Row(NamedTuple):
     def of(cls, iterate: Iterate) -> "Row":
         """The sums of an iterate."""
         columns = [iterate.data, iterate.nll, iterate.moving, torch.ones_like(iterate.nll)]
-        sums = torch.stack([column.double() for column in columns]).sum(1)
+        sums = torch.stack([finest(column) for column in columns]).sum(1)
         return cls(iterate.problem, iterate.step, max(iterate.scales), sums)
 
 

@@ -37,7 +37,7 @@ from separable_hvae.refine.problem import Problem
 from separable_hvae.refine.run import Init, Run
 from separable_hvae.refine.schedules import SCHEDULES, Schedule
 from separable_hvae.refine.stopping import Clock, Stopping
-from separable_hvae.shared import shared
+from separable_hvae.shared import evaluating, shared
 
 Precision = Literal["bfloat16", "tf32"]
 EXECUTIONS: dict[str, type[Execution]] = {"eager": Eager, "compiled": Compiled, "cuda-graphs": CudaGraphs}
@@ -153,7 +153,7 @@ class Refiner(ABC):
         term = self._term(model, x)
         init = self.init if isinstance(self.init, str) else _given(model, self.init, len(term))
         job = Job(model, steps, guidance, term.x.dtype if isinstance(term, Signal) else None, generator)
-        clock = Clock(self.budget, model.start.device)
+        clock = Clock(self.budget, model.device)
         recorder, results = Recorder(), []
         size = self.batch_size or max(1, len(term))
         with _evaluation(model), self._full(model):
@@ -238,7 +238,7 @@ class Refiner(ABC):
     @contextmanager
     def _full(self, model: HVAE) -> Iterator[None]:
         """Where a precision of the steps is given, everything else is computed in full."""
-        device = model.start.device
+        device = model.device
         if self.precision == "tf32" and device.type != "cuda":
             raise ValueError(f"precision 'tf32' needs a CUDA device, got {device}")
         if self.precision is None:
@@ -248,7 +248,7 @@ class Refiner(ABC):
                 yield
 
     def _lowered(self, model: HVAE) -> AbstractContextManager[Any]:
-        device = model.start.device
+        device = model.device
         if self.precision == "bfloat16":
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return float32(device, "conv", tf32=True) if self.precision == "tf32" else nullcontext()
@@ -285,16 +285,13 @@ def _evaluation(model: HVAE) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        model.eval()
         for p in trained:
             p.requires_grad_(False)
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for p in trained:
             p.requires_grad_(True)
 

@@ -115,7 +115,7 @@ class Run:
         """What the posteriors of a subset see, given the coarser bands."""
         if self.init != "posterior":
             return None
-        return self.model.evidence(index, self.seen, self.model.target(index, self.seen, coarser))
+        return self.model.evidence(index, self.seen, coarser)
 
     def enter(self, index: int, context: Tensor, evidence: Evidence | None) -> SubsetPass:
         """Where the latents of a subset start, under the context that flows into it now."""
