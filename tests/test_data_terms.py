@@ -30,6 +30,7 @@ from separable_hvae import (
     Wavelet2,
     masks_of,
 )
+from separable_hvae.data_terms import Distance, LossName
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.operators import Operator, condition, inner
 from separable_hvae.physics import noise_of
@@ -545,6 +546,41 @@ def test_measurements_need_a_model_they_fit() -> None:
 def test_rows_of_signals() -> None:
     x = signal(Identity((4,), 1), 3)
     torch.testing.assert_close(Signal(x).rows(torch.tensor([2, 0])).x, x[[2, 0]])
+
+
+class Louder(Identity):
+    """The signal itself in another unit: a band that is not orthonormal."""
+
+    orthonormal = False
+    factor = 10.0
+
+    @override
+    def analysis(self, x: Tensor) -> list[Tensor]:
+        return [self.factor * h for h in super().analysis(x)]
+
+    @override
+    def synthesis(self, bands: Sequence[Tensor | None]) -> Tensor:
+        return super().synthesis([None if h is None else h / self.factor for h in bands])
+
+    @override
+    def project(self, scale: int, x: Tensor) -> Tensor:
+        return self.analysis(x)[self.band_index(scale)]
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_the_unit_of_bands_changes_nothing(loss: LossName) -> None:
+    loud, plain = (tiny(kind((8,), channels=2)).double() for kind in (Louder, Identity))
+    x = 3 + 2 * signal(plain.decomp, 400)
+    for model in (loud, plain):
+        model.calibrate(x)
+        torch.testing.assert_close(model.magnitude, x.square().mean().sqrt())
+    torch.testing.assert_close(white(loud, x[:3]), white(plain, x[:3]), rtol=0.3, atol=0)
+    (target,), (band,) = plain.decomp.analysis(x[:3]), [torch.randn(3, 2, 8, dtype=torch.float64)]
+    terms = [Signal(x[:3], loss).bind(model, model.observe(x[:3])) for model in (loud, plain)]
+    local = [term.misfit.local(0, f * band, term.aim(0, [])) for term, f in zip(terms, (10, 1), strict=True)]
+    total = [term.misfit.total([f * band], term.data)[0][1] for term, f in zip(terms, (10, 1), strict=True)]
+    for found in (*local, *total):
+        torch.testing.assert_close(found, Distance(loss)(band, target, plain.sigma))
 
 
 class NoReading(TorchDispatchMode):

@@ -19,13 +19,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from typing_extensions import override
 
-from separable_hvae import HVAE, FFT1Complex, FFT1Real, FitReport, Identity, Result, Wavelet1, evaluate, fit
+from separable_hvae import (
+    HVAE,
+    FFT1Complex,
+    FFT1Real,
+    FitReport,
+    Identity,
+    MAPRefiner,
+    Result,
+    Wavelet1,
+    calibration,
+    evaluate,
+    evaluation,
+    fit,
+)
 from separable_hvae.batches import Batches, checksum
 from separable_hvae.decomposition import pack
 from separable_hvae.records import Records
+from separable_hvae.refine import history
 from tests import zoo
 from tests.test_hvae import layer_passes, seeded, tiny
 
@@ -834,6 +850,44 @@ def test_evaluate_against_direct_computation(is_complex: bool) -> None:
         },
         rel=1e-6,
     )
+
+
+def test_evaluate_leaves_each_module_its_mode() -> None:
+    model = fresh().train()
+    model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, waves())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_look_before_training_does_not_stand_for_the_calibration() -> None:
+    looked, calm = fresh().train(), fresh()
+    for _ in range(3):
+        looked.encode(30 + 10 * waves())
+    for model in (looked, calm):
+        train(model, steps=3)
+    assert same(weights(looked), weights(calm))
+
+
+def test_nothing_needs_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs have none."""
+
+    class Coarse(TorchDispatchMode):
+        @override
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            dtypes = [{t.dtype for t in pytree.tree_leaves(x) if isinstance(t, Tensor)} for x in (args, result)]
+            # Sums that are kept on the CPU begin as zeros there.
+            assert dtypes[0] >= dtypes[1] & {torch.float64} or func is torch.ops.aten.zeros.default, func
+            return result
+
+    for module in (calibration, evaluation, history):
+        monkeypatch.setattr(module, "finest", lambda x: x.float())
+    model = fresh()
+    with Coarse():  # type: ignore[no-untyped-call]
+        train(model, steps=3, heldout=waves(6), every=1)
+        MAPRefiner(2)(model, waves(3))
+        evaluate(model, waves(3))
 
 
 def test_evaluate_takes_batches() -> None:
