@@ -416,7 +416,7 @@ class HVAE(Pretrained, nn.Module):
                 another device than the model.
         """
         temperature = _check_draws(temperature, generator)
-        full = self.check_latents(latents)
+        full = complete("latents", latents, self.latent_shapes)
         if until is not None:
             self.decomp.band_index(until)
         given = next((z for z in full if z is not None), None)
@@ -476,10 +476,6 @@ class HVAE(Pretrained, nn.Module):
             for subset, moment, unit in zip(self.subsets, bands, units(bands), strict=True):
                 subset.centre = moment.mean.to(subset.centre, copy=True)
                 subset.unit = torch.full_like(subset.unit, unit)
-
-    def check_latents(self, latents: Sequence[Tensor | None], name: str = "latents") -> list[Tensor | None]:
-        """Return one entry for each layer, see :meth:`decode` for what is allowed."""
-        return complete(name, latents, self.latent_shapes)
 
     def require_latents(self, latents: Sequence[Tensor], batch: int, name: str = "latents") -> list[Tensor]:
         """Return the latents of every layer for a batch, in the model's precision and on its device.
