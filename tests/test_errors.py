@@ -376,7 +376,7 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     "draws of whole signals": (
         lambda m: posterior_draws(m, X, MAPRefiner(1, sample=True), 2),  # type: ignore[arg-type]
         TypeError,
-        r"known must be KnownBands or a Measurement, got Tensor",
+        r"known must be a DataTerm, got Tensor",
     ),
     "draws from given latents": (
         lambda m: posterior_draws(
