@@ -23,6 +23,8 @@ from separable_hvae.latent import StochasticLayer
 from separable_hvae.precision import float32, float32_settings, full_precision
 from separable_hvae.refine import (
     Adam,
+    Chain,
+    Eager,
     GradientDescent,
     History,
     Iterate,
@@ -33,6 +35,8 @@ from separable_hvae.refine import (
     Schedule,
     Whole,
 )
+from separable_hvae.refine.execution import Gradient
+from separable_hvae.refine.pieces import Call
 from separable_hvae.refine.run import Run
 from tests.linear_gaussian import Array, ClosedForm, flat, linear_gaussian
 from tests.test_hvae import layer_passes, seeded, tiny
@@ -416,13 +420,21 @@ def test_a_refused_sample_returns_its_start_and_the_others_stay(schedule: str, w
     assert not start.refused.any()
 
 
-def test_a_start_without_a_finite_objective_is_kept() -> None:
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_start_without_a_finite_objective_is_an_error(steps: int, wrong: float) -> None:
     model = few()
-    x = signal(model.decomp)
-    result = MAPRefiner(2, loss=lambda h_hat, h: (h_hat - h).flatten(1).sum(1) * math.nan)(model, x)
-    assert result.refused is not None
-    assert result.refused.all()
-    assert_equal(result.latents, model.encode(x).latents)
+    x = signal(model.decomp, 5)
+    x[3:] = 7.0
+
+    def loss(h_hat: Tensor, h: Tensor) -> Tensor:
+        return torch.where(h.flatten(1).amax(1) > 6, wrong, 1.0) * (h_hat - h).square().flatten(1).sum(1)
+
+    with pytest.raises(FloatingPointError, match=r"^samples 3, 4 have no objective .* finite at the start: their data"):
+        MAPRefiner(steps, loss=loss, batch_size=3)(model, x)
+    given = [1e300 * z for z in model.encode(x).latents]
+    with pytest.raises(FloatingPointError, match=r"^samples 0, 1, 2, 3, 4 .*: their prior .* given as init"):
+        MAPRefiner(steps, init=given)(model, x)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -682,22 +694,6 @@ def test_settings_by_scale_reach_their_scale() -> None:
 # A user's own parts.
 
 
-class Langevin(Refiner):
-    """Unadjusted Langevin dynamics."""
-
-    def __init__(self, size: float, generator: torch.Generator, **options: Any) -> None:
-        super().__init__(**options)
-        self.size, self.generator = size, generator
-
-    @override
-    def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
-        count = 0 if state is None else state
-        gradients = problem.gradient(latents)
-        noise = [torch.randn(z.shape, dtype=z.dtype, generator=self.generator) for z in latents]
-        moves = zip(latents, gradients, noise, strict=True)
-        return [z - self.size * g + math.sqrt(2 * self.size) * e for z, g, e in moves], count + 1
-
-
 class Coarsest(Schedule):
     """The coarsest subset alone, against the objective of the whole."""
 
@@ -708,24 +704,11 @@ class Coarsest(Schedule):
         problem = Problem(
             run.start_latents[: len(scales)],
             scales,
-            run.model.scales,
             run.steps[scales[-1]],
             [(Whole(run.objective, later=len(rest)), len(scales), [*rest, *run.term.data])],
         )
         yield problem
         run.reach([*problem.latents, *rest])
-
-
-def test_own_refiner() -> None:
-    model = linear_gaussian(FFT1Real(2, channels=1, scales=[2]), layers=1)
-    algebra, x = ClosedForm(model), signal(model.decomp, 1).expand(2000, -1, -1)
-    draws: list[Iterate] = []
-    Langevin(0.02, seeded(), steps=400, schedule="joint")(model, x, callback=draws.append)
-    zs = flat(draws[-1].latents)
-    row = flat([x[:1]])[0]
-    precision = algebra.whitened(row).matrix.T @ algebra.whitened(row).matrix
-    np.testing.assert_allclose(zs.mean(0), algebra.joint(row), atol=0.1)
-    np.testing.assert_allclose(np.cov(zs.T), np.linalg.inv(precision), atol=0.1)
 
 
 def test_own_rule_and_schedule() -> None:
@@ -738,6 +721,85 @@ def test_own_rule_and_schedule() -> None:
     assert_equal(result.latents[2:], model.encode(x).latents[2:])
     adam = MAPRefiner(3, schedule=Coarsest(), rule=Adam(betas=(0.5, 0.9), eps=1e-6))(model, x)
     assert bool((objective(model, adam.latents, x) < objective(model, model.encode(x).latents, x)).all())
+
+
+class Counting(Eager):
+    """Count the gradients that are asked for."""
+
+    count = 0
+
+    @override
+    def gradients(self, calls: Sequence[Call]) -> list[Gradient]:
+        self.count += 1
+        return super().gradients(calls)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"), [(Coarsest(), 4), (Chain((Coarsest(), 1), ("joint", 1)), 4), ("scale", 8), ("latent", 16)]
+)
+def test_every_schedule_runs_as_the_execution_says(schedule: Any, steps: int) -> None:
+    execution, model = Counting(threads=1), few()
+    MAPRefiner(4, schedule=schedule, execution=execution)(model, signal(model.decomp))
+    assert execution.count == steps
+
+
+class Forgetful(Coarsest):
+    """Take the steps, and keep what they have led to for itself."""
+
+    @override
+    def problems(self, run: Run) -> Iterator[Problem]:
+        yield next(super().problems(run))
+
+
+@pytest.mark.parametrize(
+    "schedule", [Forgetful(), Chain(("joint", 1), (Forgetful(), 1)), Chain((Forgetful(), 1), ("joint", 1))]
+)
+def test_a_schedule_must_say_what_it_has_reached(schedule: Schedule) -> None:
+    model = few()
+    x = signal(model.decomp)
+    with pytest.raises(RuntimeError, match=r"^Forgetful\.problems must end with run\.reach\(latents\)"):
+        MAPRefiner(4, schedule=schedule)(model, x)
+    assert_equal(MAPRefiner(0, schedule=schedule)(model, x).latents, model.encode(x).latents)
+
+
+class Still(Coarsest):
+    """Take the steps, and stay at the start on purpose."""
+
+    @override
+    def problems(self, run: Run) -> Iterator[Problem]:
+        yield next(super().problems(run))
+        run.reach(run.start_latents)
+
+
+def test_a_schedule_may_stay_where_it_was() -> None:
+    model = few()
+    x = signal(model.decomp)
+    assert_equal(MAPRefiner(4, schedule=Still())(model, x).latents, model.encode(x).latents)
+
+
+class Adrift(Refiner):
+    """Go uphill, one sample to where nothing is finite."""
+
+    never_worse = False
+
+    @override
+    def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
+        moved = [z + 0.01 * g for z, g in zip(latents, problem.gradient(latents), strict=True)]
+        moved[-1][0] = math.inf
+        return moved, None
+
+
+def test_samplers_may_end_higher_but_not_nowhere() -> None:
+    model = few()
+    x = signal(model.decomp, 3)
+    result, start = Adrift(2, schedule="joint")(model, x), MAPRefiner(0)(model, x)
+    assert result.refused is not None
+    assert result.objective is not None
+    assert start.objective is not None
+    assert result.refused.tolist() == [True, False, False]
+    assert_equal([z[:1] for z in result.latents], [z[:1] for z in start.latents])
+    assert bool((result.objective[1:] > start.objective[1:] + 1e-3).all())
+    torch.testing.assert_close(result.objective, objective(model, result.latents, x))
 
 
 def test_a_step_must_look_at_its_problem() -> None:

@@ -20,6 +20,7 @@ from separable_hvae.refine.stopping import Clock
 from separable_hvae.subset import SubsetPass
 
 _SLACK = 1e-5
+_NAMED = 8
 
 
 class Job(NamedTuple):
@@ -31,6 +32,7 @@ class Job(NamedTuple):
         guidance: β of each scale, coarse to fine.
         dtype: Dtype of the signals; ``None`` where something else is known.
         generator: Random numbers of a drawn start.
+        never_worse: Whether a sample whose objective has risen comes back as it started.
     """
 
     model: HVAE
@@ -38,6 +40,7 @@ class Job(NamedTuple):
     guidance: tuple[float, ...]
     dtype: torch.dtype | None
     generator: torch.Generator | None
+    never_worse: bool
 
     def result(self, passes: list[SubsetPass], x: Tensor, objective: Tensor) -> Result:
         """Decoded latents, with the likelihood of signals ``x`` where these are known."""
@@ -128,14 +131,38 @@ class Reached(NamedTuple):
         """What to tell of each step."""
         return [Row(*step, sums) for step, sums in zip(self.steps, self.sums, strict=True)]
 
-    def no_worse(self, job: Job, x: Tensor) -> Result:
-        """What was reached, and the start of each sample that got worse."""
+    def kept(self, job: Job, x: Tensor, first: int) -> Result:
+        """What was reached, and the start of each sample that got worse or, for a sampler, is not finite.
+
+        Args:
+            job: What was asked for.
+            x: The signals, as the encoder saw them.
+            first: Number of the chunk's first sample.
+
+        Raises:
+            FloatingPointError: If a start has no finite objective to compare with.
+        """
         result, before = Result(**self.result), self.start_objective
+        if not bool(before.isfinite().all()):
+            raise FloatingPointError(self._failure(job, x, first))
         after, refused = self.result["objective"], torch.zeros_like(before, dtype=torch.bool)
         if self.moved:
-            refused = ~(after <= before + _SLACK * (1 + before.abs()))
+            refused = ~(after <= before + _SLACK * (1 + before.abs())) if job.never_worse else ~after.isfinite()
             if bool(refused.any()):
                 pairs = zip(result.latents, self.start, strict=True)
                 latents = [torch.where(rows(refused, new), old, new) for new, old in pairs]
                 result = job.result(job.model.top_down(latents, len(x)), x, torch.where(refused, before, after))
         return replace(result, refused=refused)
+
+    def _failure(self, job: Job, x: Tensor, first: int) -> str:
+        """Which samples have no finite objective at the start, and the likely cause."""
+        wrong = (~self.start_objective.isfinite()).nonzero().flatten()
+        numbers = ", ".join(str(first + int(i)) for i in wrong[:_NAMED]) + (", …" if len(wrong) > _NAMED else "")
+        nll = job.model.result(job.model.top_down(self.start, len(x)), x.dtype).nll[wrong]
+        cause = (
+            "their data term is not. A loss or operator of your own may be undefined there; the noise level or sigma "
+            "may be too small, guidance too large"
+            if bool(nll.isfinite().all())
+            else "their prior is not. The model's weights, or latents given as init, may be far too large"
+        )
+        return f"samples {numbers} have no objective that is finite at the start: {cause}"

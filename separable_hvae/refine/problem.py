@@ -29,7 +29,6 @@ class Problem:
     Args:
         latents: Where they start, tensors ``(B, latent_channels, *grid)``.
         scales: The scale of each.
-        all_scales: Every scale of the model, coarse to fine.
         steps: Number of steps to take.
         pieces: The objective is the sum of these, each with the number of latents that it takes, in order,
             and the tensors that stand still.
@@ -37,14 +36,17 @@ class Problem:
         until: Share of the time for all problems that may have passed when this one ends.
         spread: Standard deviation of each latent's posterior; of its prior where there is none.
         settle: Maps the problem, its latents and the number of steps done to where they go on from.
-        execution: How pieces run.
+
+    Attributes:
+        execution: How pieces run; a refiner sets its own.
     """
+
+    execution: Execution = Eager()
 
     def __init__(
         self,
         latents: Sequence[Tensor],
         scales: Sequence[int],
-        all_scales: Sequence[int],
         steps: int,
         pieces: Sequence[tuple[Piece, int, list[Tensor]]],
         *,
@@ -52,20 +54,22 @@ class Problem:
         until: float = 1.0,
         spread: Sequence[Tensor] = (),
         settle: Settle | None = None,
-        execution: Execution | None = None,
     ) -> None:
         self.latents = [z.detach() for z in latents]
         self.scales = list(scales)
-        self.all_scales = list(all_scales)
         self.steps = steps
         self.pieces = list(pieces)
         self.joint = joint
         self.until = until
         self.spread = [s.detach() for s in spread]
         self._settle = settle
-        self._execution = execution or Eager()
         self.outcomes: list[Outcome] = []
         self._looked: list[Call] = []
+
+    @property
+    def all_scales(self) -> tuple[int, ...]:
+        """Every scale of the model, coarse to fine."""
+        return self.pieces[0][0].objective.model.scales
 
     @property
     def terms(self) -> Terms | None:
@@ -78,7 +82,7 @@ class Problem:
     def gradient(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """Gradient of every sample's objective; its terms are kept in ``self.terms``."""
         self._looked = self._calls(latents)
-        results = self._execution.gradients(self._looked)
+        results = self.execution.gradients(self._looked)
         self.outcomes = [outcome for _, outcome in results]
         return [g for gradients, _ in results for g in gradients]
 
@@ -92,7 +96,7 @@ class Problem:
         at, along = joined(latents), joined(direction)
         reach = dot(at, at).clamp_min(1).sqrt() / dot(along, along).clamp_min(1e-30).sqrt()
         step = _difference(at) * reach
-        nearby = self._execution.values(self._calls(parted(at + step[:, None] * along, latents)))
+        nearby = self.execution.values(self._calls(parted(at + step[:, None] * along, latents)))
         total = torch.zeros_like(step)
         for call, here, there in zip(self._looked, self.outcomes, nearby, strict=True):
             slopes = [(b - a) / rows(step, a) for a, b in zip(here.bands, there.bands, strict=True)]

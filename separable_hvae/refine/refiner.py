@@ -5,6 +5,8 @@ A refiner is one small step; the loop around it is the same for all:
     start ← encoder's guess (or the prior)
     for each problem of the schedule, for each of its steps:  z ← step(z)
     return the decoded latents of each sample whose objective is not worse than its start's, else the start
+
+A sampler moves to where the objective may be higher: it returns whatever is finite.
 """
 
 from abc import ABC, abstractmethod
@@ -68,6 +70,9 @@ class Refiner(ABC):
         TypeError: If an argument has the wrong type.
         ValueError: If a number is negative or not finite, or a name is unknown.
     """
+
+    never_worse: bool = True
+    """Whether a sample whose objective has risen comes back as it started; samplers set it to ``False``."""
 
     def __init__(
         self,
@@ -142,6 +147,8 @@ class Refiner(ABC):
         Raises:
             TypeError: If the model is no HVAE, or ``x`` does not fit it.
             ValueError: If ``x`` does not fit the model, or a setting by scale does not fit its scales.
+            FloatingPointError: If a sample's objective is not finite at its start.
+            RuntimeError: If a schedule or step of your own breaks its contract.
         """
         if not isinstance(model, HVAE):
             raise TypeError(f"model must be an HVAE, got {type(model).__name__}")
@@ -152,7 +159,8 @@ class Refiner(ABC):
         guidance = tuple(by_scale("guidance", self.guidance, model.scales).values())
         term = self._term(model, x)
         init = self.init if isinstance(self.init, str) else _given(model, self.init, len(term))
-        job = Job(model, steps, guidance, term.x.dtype if isinstance(term, Signal) else None, generator)
+        dtype = term.x.dtype if isinstance(term, Signal) else None
+        job = Job(model, steps, guidance, dtype, generator, self.never_worse)
         clock = Clock(self.budget, model.device)
         recorder, results = Recorder(), []
         size = self.batch_size or max(1, len(term))
@@ -168,7 +176,7 @@ class Refiner(ABC):
                 reached = self._reach(job, chunk, Watch(clock, recorder, callback, first))
                 recorder.add(reached.rows, reached.rounding, clock.seconds())
                 with torch.no_grad():
-                    results.append(reached.no_worse(job, seen.x))
+                    results.append(reached.kept(job, seen.x, first))
         return replace(_joined(results), history=recorder.history())
 
     def _reach(self, job: Job, chunk: Chunk, watch: Watch) -> Reached:
@@ -176,12 +184,11 @@ class Refiner(ABC):
         tensors, structure = pytree.tree_flatten(chunk.tensors)
 
         def infer(tensors: Sequence[Tensor]) -> Reached:
-            model, steps, guidance, _, generator = job
             seen, term, init = chunk.on(pytree.tree_unflatten(list(tensors), structure))
             with torch.no_grad():
-                run = Run(model, seen, term, guidance, steps, init, self.sample, generator, self.execution)
+                run = Run(job.model, seen, term, job.guidance, job.steps, init, self.sample, job.generator)
                 rounding = self._rounding(run)
-            taken = self._loop(run, watch) if any(steps.values()) else []
+            taken = self._loop(run, watch) if any(job.steps.values()) else []
             with torch.no_grad():
                 return Reached.of(job, run, taken, rounding)
 
@@ -203,7 +210,8 @@ class Refiner(ABC):
         """Solve the problems of the schedule, one after the other."""
         taken: list[Row] = []
         watch.clock.reserve()
-        for number, problem in enumerate(self.schedule.problems(run)):
+        for number, problem in enumerate(self.schedule.solving(run)):
+            problem.execution = self.execution
             watch.clock.enter(problem)
             stopping = Stopping(self.tolerance, run.batch, run.context.device)
             state: Any = None

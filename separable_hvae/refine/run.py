@@ -11,7 +11,6 @@ from torch import Tensor
 from separable_hvae.data_terms import BoundTerm
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.objective import Objective
-from separable_hvae.refine.execution import Execution
 from separable_hvae.refine.pieces import Whole
 from separable_hvae.subset import Evidence, SubsetPass
 
@@ -31,7 +30,6 @@ class Run:
             tensors from these.
         sample: Start from a draw instead of the mean.
         generator: Random numbers of the draw.
-        execution: How the pieces of problems run.
     """
 
     def __init__(
@@ -44,9 +42,8 @@ class Run:
         init: Init | Sequence[Tensor],
         sample: bool,
         generator: torch.Generator | None,
-        execution: Execution,
     ) -> None:
-        self.model, self.seen, self.term, self.steps, self.execution = model, seen, term, steps, execution
+        self.model, self.seen, self.term, self.steps = model, seen, term, steps
         self.objective = Objective(model, term.misfit, guidance)
         self.batch = len(seen.x)
         self.init = init
@@ -67,9 +64,9 @@ class Run:
         self.noise = [_noise(step, sample) for step in self.start]
         self.reach(self.start_latents, self.start)
 
-    def reach(self, latents: list[Tensor], passes: list[SubsetPass] | None = None) -> None:
+    def reach(self, latents: Sequence[Tensor], passes: list[SubsetPass] | None = None) -> None:
         """Say what has been reached: one tensor for each layer, and the pass through them where it is known."""
-        self._latents, self._passes = latents, passes
+        self._latents, self._passes = list(latents), passes
 
     def follow(self, run: "Run") -> None:
         """Say that what another run has reached has been reached."""

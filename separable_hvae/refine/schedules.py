@@ -14,7 +14,7 @@ subset are completed with posterior means and held fixed while an earlier one mo
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -38,6 +38,22 @@ class Schedule(ABC):
     @abstractmethod
     def problems(self, run: Run) -> Iterator[Problem]:
         """Yield problems, coarse to fine."""
+
+    @final
+    def solving(self, run: Run) -> Iterator[Problem]:
+        """The problems, for who takes their steps.
+
+        Raises:
+            RuntimeError: At the end, if what they have led to was not passed to ``run.reach``.
+        """
+        before, problem = run.latents, None
+        for problem in self.problems(run):
+            yield problem
+        if problem is not None and run.latents is before:
+            raise RuntimeError(
+                f"{type(self).__name__}.problems must end with run.reach(latents), one tensor for each layer: "
+                "what its steps have led to is lost otherwise"
+            )
 
 
 class Scale(Schedule):
@@ -75,12 +91,10 @@ class Scale(Schedule):
             problem = Problem(
                 start.latents,
                 subset.scales,
-                run.model.scales,
                 steps[subset.scale],
                 [(OneSubset(run.objective, i), last - first, held)],
                 until=last / run.model.depth,
                 spread=run.spread[first:last],
-                execution=run.execution,
             )
             yield problem
             with torch.no_grad():
@@ -120,12 +134,10 @@ class Latent(Schedule):
                 problem = Problem(
                     [z],
                     [scale],
-                    run.model.scales,
                     run.steps[subset.scale],
                     [(piece, 1, held)],
                     until=(len(latents) + 1) / run.model.depth,
                     spread=spread,
-                    execution=run.execution,
                 )
                 yield problem
                 latents += problem.latents
@@ -182,12 +194,10 @@ class Parallel(Schedule):
         problem = Problem(
             run.start_latents,
             run.model.layer_scales,
-            run.model.scales,
             steps,
             pieces(inflows, bands),
             spread=run.spread,
             settle=settle,
-            execution=run.execution,
         )
         yield problem
         run.reach(problem.latents)
@@ -216,12 +226,10 @@ class Joint(Schedule):
         problem = Problem(
             run.start_latents,
             run.model.layer_scales,
-            run.model.scales,
             _one_number(run, "joint"),
             [(run.whole, run.model.depth, run.term.data)],
             joint=True,
             spread=run.spread,
-            execution=run.execution,
         )
         yield problem
         run.reach(problem.latents)
@@ -252,7 +260,7 @@ class Chain(Schedule):
             steps = {scale: round(n * end) - round(n * begin) for scale, n in run.steps.items()}
             if any(steps.values()):
                 part = run.onwards(steps) if begin else run.with_steps(steps)
-                for problem in schedule.problems(part):
+                for problem in schedule.solving(part):
                     problem.until = begin + (end - begin) * problem.until
                     yield problem
                 run.follow(part)
