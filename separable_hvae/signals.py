@@ -1,7 +1,7 @@
 """Signals as tensors: complex ones as real numbers, other grids, and what is no number."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
 
 
 class _AllFinite(torch.autograd.Function):
-    """Whether every entry is finite: under ``torch.func.vmap`` one answer for the whole batch, which Python may read."""
+    """Whether every entry is finite; under ``torch.func.vmap`` one answer for all, which Python can read."""
 
     @staticmethod
     @override
@@ -66,12 +66,15 @@ class _AllFinite(torch.autograd.Function):
     @staticmethod
     @override
     def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, None]:
-        return _AllFinite.apply(x), None
+        return _all_finite(x), None
+
+
+_all_finite = cast(Callable[[Tensor], Tensor], _AllFinite.apply)
 
 
 def check_finite(name: str, x: Tensor) -> None:
     """Raise a ``ValueError`` if a tensor holds NaN or infinity."""
-    if not bool(_AllFinite.apply(x.detach())):
+    if not bool(_all_finite(x.detach())):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 

@@ -13,70 +13,101 @@ the scale s with s_prev < n ≤ s; the last averages belong to the coarsest scal
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import pywt
 import torch
+from einops import rearrange
 from ptwt.constants import WaveletTensorTuple
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from typing_extensions import override
 
 from separable_hvae.decomposition import Decomposition, sides, transform
 from separable_hvae.signals import pack, unpack
 
-_DENSE = 512  # Points up to which W_n is a dense matrix.
+_DENSE = 512  # Points up to which W_n is one matrix.
+_BLOCK = 32  # Points of the blocks that it is applied in beyond.
 _MAX_DEFECT = 1e-6
 
 
 @lru_cache(maxsize=512)
-def _matrix(wavelet: str, n: int, dtype: torch.dtype, device: torch.device, transposed: bool = False) -> Tensor:
-    """The orthogonal matrix W_n, sparse for large n. Not a buffer: a cast would break its accuracy."""
-    # Whoever asks first may be tracing, but everybody gets what is made here.
-    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
-        filters = WaveletTensorTuple.from_wavelet(pywt.Wavelet(wavelet), torch.float64)
-        length = len(filters.dec_lo)
-        k, j = torch.meshgrid(torch.arange(n // 2), torch.arange(length), indexing="ij")
-        column = ((2 * k + length // 2 - j) % n).flatten()
-        index = torch.stack([torch.cat([k.flatten(), k.flatten() + n // 2]), column.repeat(2)])
-        values = torch.cat([filters.dec_lo.expand(n // 2, -1).flatten(), filters.dec_hi.expand(n // 2, -1).flatten()])
-        if transposed:
-            index = index.flip(0)
-        matrix = torch.sparse_coo_tensor(index, values, (n, n), check_invariants=False).coalesce()
-        return (matrix.to_dense() if n <= _DENSE else matrix).to(device, dtype)
+def _kept(
+    make: Callable[[str, int, bool], Tensor],
+    wavelet: str,
+    n: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """What ``make`` gives, for everybody. Not a buffer: a cast would break its accuracy."""
+    # Whoever asks first may be tracing, in inference mode or under a transform of torch.func. Another thread is not.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: make(wavelet, n, transposed).to(dtype).to(device)).result()
 
 
-class _SparseProduct(torch.autograd.Function):
-    """``A x`` for a sparse A. Autograd's own gradient would sort the transpose anew each time."""
-
-    @staticmethod
-    @override
-    def forward(matrix: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
-        return matrix @ x
-
-    @staticmethod
-    @override
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.matrix, ctx.transposed, _ = inputs
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, _sparse_product(ctx.transposed, ctx.matrix, gradient)
+def _matrix(wavelet: str, n: int, transposed: bool = False) -> Tensor:
+    """The orthogonal matrix W_n."""
+    filters = WaveletTensorTuple.from_wavelet(pywt.Wavelet(wavelet), torch.float64)
+    length = len(filters.dec_lo)
+    k, j = torch.meshgrid(torch.arange(n // 2), torch.arange(length), indexing="ij")
+    column = ((2 * k + length // 2 - j) % n).flatten()
+    index = torch.cat([k.flatten(), k.flatten() + n // 2]), column.repeat(2)
+    values = torch.cat([filters.dec_lo.expand(n // 2, -1).flatten(), filters.dec_hi.expand(n // 2, -1).flatten()])
+    matrix = torch.zeros(n, n, dtype=torch.float64).index_put(index, values, accumulate=True)
+    return matrix.T.contiguous() if transposed else matrix
 
 
-_sparse_product = cast(Callable[[Tensor, Tensor, Tensor], Tensor], _SparseProduct.apply)
+def _rows(wavelet: str, n: int, transposed: bool) -> Tensor:
+    """The n rows of a long W, with each average beside its detail, that follow one another along its diagonal."""
+    margin = _margin(wavelet)
+    matrix = _beside(_matrix(wavelet, n + 2 * margin))
+    return (matrix.T if transposed else matrix)[margin : margin + n].contiguous()
+
+
+def _margin(wavelet: str) -> int:
+    """How many points before and after a block its rows read."""
+    return 2 * (int(pywt.Wavelet(wavelet).dec_len) // 4)
+
+
+def _beside(y: Tensor) -> Tensor:
+    """Averages and details one after the other, as pairs along the first axis."""
+    return rearrange(y, "(two k) ... -> (k two) ...", two=2)
+
+
+def _apart(y: Tensor) -> Tensor:
+    """Invert :func:`_beside`."""
+    return rearrange(y, "(k two) ... -> (two k) ...", two=2)
 
 
 def _along(wavelet: str, x: Tensor, axis: int, *, transposed: bool = False) -> Tensor:
     """Multiply an axis by W_n, or by its transpose."""
     moved = x.movedim(axis, 0)
-    columns = moved.flatten(1)
-    kind = wavelet, len(moved), x.dtype, x.device
-    matrix = _matrix(*kind, transposed)
-    product = _sparse_product(matrix, _matrix(*kind, not transposed), columns) if matrix.is_sparse else matrix @ columns
+    columns, n = moved.flatten(1), len(moved)
+    if n <= _DENSE:
+        product = _kept(_matrix, wavelet, n, transposed, x.dtype, x.device) @ columns
+    elif transposed:
+        product = _in_blocks(wavelet, _beside(columns), transposed)
+    else:
+        product = _apart(_in_blocks(wavelet, columns, transposed))
     return product.reshape(moved.shape).movedim(0, axis)
+
+
+def _in_blocks(wavelet: str, columns: Tensor, transposed: bool) -> Tensor:
+    """The same rows for each block of points and the margins around it, which wrap around."""
+    n, margin = len(columns), _margin(wavelet)
+    size = max(_BLOCK, margin)
+    if missing := -n % size:
+        around = torch.cat([columns[n - margin :], columns, columns[: missing + margin]])
+        starts = (0, margin, 2 * margin)
+        before, blocks, after = (around[i : i + n + missing].unflatten(0, (-1, size)) for i in starts)
+        before, after = before[:, :margin], after[:, size - margin :]
+    else:  # Half the copies.
+        blocks = columns.unflatten(0, (-1, size))
+        before, after = blocks[:, size - margin :].roll(1, 0), blocks[:, :margin].roll(-1, 0)
+    rows = _kept(_rows, wavelet, size, transposed, columns.dtype, columns.device)
+    return (rows @ torch.cat([before, blocks, after], dim=1)).flatten(0, 1)[:n]
 
 
 def _halvings(size: Sequence[int]) -> int:
@@ -251,7 +282,7 @@ class _Wavelet(Decomposition):
 def orthogonality_defect(wavelet: str) -> float:
     """Largest entry of ``W W^T - I`` for a wavelet's periodized matrix, 0 for exact orthogonal filters."""
     n = 2 * pywt.Wavelet(wavelet).dec_len
-    matrix = _matrix(wavelet, n, torch.float64, torch.device("cpu")).to_dense()
+    matrix = _kept(_matrix, wavelet, n, False, torch.float64, torch.device("cpu"))
     return float((matrix @ matrix.T - torch.eye(n, dtype=torch.float64, device="cpu")).abs().max())
 
 

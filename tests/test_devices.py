@@ -26,7 +26,7 @@ from separable_hvae import (
     masks_of,
     posterior_draws,
 )
-from separable_hvae.wavelet import _matrix, orthogonality_defect
+from separable_hvae.wavelet import _kept, orthogonality_defect
 from tests.zoo import SMALL, Make
 
 X = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ META = torch.device("meta")
 @pytest.fixture(autouse=True)
 def _first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for cached in (_matrix, orthogonality_defect):
+    for cached in (_kept, orthogonality_defect):
         cached.cache_clear()
 
 

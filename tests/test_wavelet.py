@@ -3,6 +3,8 @@
 import itertools
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,9 @@ from ptwt.conv_transform_2 import wavedec2
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from separable_hvae import HVAE, Wavelet1, Wavelet2, Wavelet3
-from separable_hvae.wavelet import _Wavelet
-from tests.test_hvae import seeded
+from separable_hvae import HVAE, MAPRefiner, Wavelet1, Wavelet2, Wavelet3
+from separable_hvae.wavelet import _kept, _Wavelet
+from tests.test_hvae import seeded, tiny
 from tests.zoo import error, random_bands, signal
 
 KINDS = {1: Wavelet1, 2: Wavelet2, 3: Wavelet3}
@@ -69,13 +71,13 @@ def test_details_follow_wavedec2() -> None:
     np.testing.assert_allclose(decomp.synthesis(bands[:-1])[:, 0], coarse, atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [1024, 2048])
-@pytest.mark.parametrize("wavelet", ["haar", "db4"])
-def test_sparse_matrices_against_pywavelets(wavelet: str, n: int) -> None:
+@pytest.mark.parametrize("n", [514, 1018, 2048])
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "db3", "db4", "db38"])
+def test_long_axes_against_pywavelets(wavelet: str, n: int) -> None:
     decomp = Wavelet1(n, wavelet)
     x = signal(decomp).requires_grad_()
     bands = decomp.analysis(x)
-    for h, reference in zip(bands, coefficients(x.detach(), wavelet, n.bit_length() - 1), strict=True):
+    for h, reference in zip(bands, coefficients(x.detach(), wavelet, len(decomp.scales) - 1), strict=True):
         np.testing.assert_allclose(h.detach(), reference, atol=1e-11)
     torch.stack([h.square().sum() for h in bands]).sum().backward()
     assert x.grad is not None
@@ -153,7 +155,7 @@ def test_a_transform_that_is_traced_first_leaves_real_numbers_to_others() -> Non
 
 
 def test_long_axes_have_gradients_of_their_own() -> None:
-    """Beyond 512 points matrices are sparse: the gradient is the transpose's product, to any order."""
+    """Beyond 512 points matrices come in blocks: the gradient is the transpose's product, to any order."""
     decomp = Wavelet1(1024, "db2", scales=[512, 1024])
     x, h = (signal(decomp, 1).double().requires_grad_() for _ in range(2))
     given = torch.randn(1, 1, 512, generator=seeded(), dtype=torch.float64)
@@ -166,6 +168,59 @@ def test_long_axes_have_gradients_of_their_own() -> None:
     torch.testing.assert_close(first, wanted)
     (second,) = torch.autograd.grad(first, x, h.detach())
     torch.testing.assert_close(second, decomp.synthesis([None, decomp.analysis(h)[-1] * given.square()]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # Of torch.func.jvp's own.
+@pytest.mark.parametrize("first", [torch.func.grad, torch.func.hessian, lambda f: torch.func.vmap(f, out_dims=None)])
+def test_transforms_of_functions_on_long_axes(first: Callable[[Callable[[Tensor], Tensor]], Any]) -> None:
+    """``torch.func`` against PyWavelets' matrix, also where it is the first to ask for ours."""
+    decomp = Wavelet1(1024, "db2", scales=[512, 1024])
+    eye = torch.eye(1024, dtype=torch.float64)
+    matrix = torch.from_numpy(np.concatenate(coefficients(eye[:, None], "db2", 10), axis=2)[:, 0])
+
+    def analysis(x: Tensor) -> Tensor:
+        return torch.cat([h.flatten() for h in decomp.analysis(x[None, None])])
+
+    def synthesis(h: Tensor) -> Tensor:
+        coarse, fine = h.split(512)
+        return decomp.synthesis([coarse[None], fine[None, None]])[0, 0]
+
+    def energy(f: Callable[[Tensor], Tensor], _: Tensor) -> Tensor:
+        return f(x[0, 0]).square().sum()
+
+    jvp, vmap = torch.func.jvp, torch.func.vmap
+    x, v = torch.randn(2, 2, 3, 1024, generator=seeded(), dtype=torch.float64)
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-11)
+    maps: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [(analysis, matrix), (synthesis, matrix.T)]
+    for f, by in maps:
+        _kept.cache_clear()
+        first(partial(energy, f))(x[0, :, :4])
+        close(vmap(vmap(f))(x), x @ by)
+        close(vmap(vmap(f, in_dims=1), in_dims=1)(x.movedim(2, 0)), x @ by)
+        close(jvp(f, (x[0, 0],), (v[0, 0],))[1], v[0, 0] @ by)
+        close(vmap(vmap(lambda x, v, f=f: jvp(f, (x,), (v,))[1]))(x, v), v @ by)
+        close(vmap(vmap(torch.func.grad(lambda x, f=f: (f(x) ** 3).sum())))(x), 3 * (x @ by) ** 2 @ by.T)
+        for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+            close(jacobian(lambda h, f=f: f(torch.cat([h, x[0, 0, 4:]])))(x[0, 0, :4]), by.T[:, :4])
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x[0, 0], v[0, 0])
+            close(torch.autograd.forward_ad.unpack_dual(f(dual)).tangent, v[0, 0] @ by)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_refinement_over_long_axes_is_that_of_dense_matrices(wavelet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(Wavelet1(1024, wavelet, scales=[256, 512, 1024]), layers=1, blocks=0).double()
+    x = signal(model.decomp)
+    refiner = MAPRefiner(2, schedule="joint", rule="gauss-newton")
+    found = refiner(model, x)
+    assert found.refused is not None
+    assert not found.refused.any()
+    monkeypatch.setattr("separable_hvae.wavelet._DENSE", 1024)
+    _kept.cache_clear()
+    expected = refiner(model, x)
+    _kept.cache_clear()
+    torch.testing.assert_close(found.reconstruction, expected.reconstruction, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.objective, expected.objective)
 
 
 def test_scales_that_skip_levels_gather_them() -> None:
