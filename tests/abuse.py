@@ -3,7 +3,8 @@
     python -m tests.abuse --inputs 10000
 
 Each schedule and rule refines that many inputs. Step sizes from 1e-6 to 1e3 and guidance from 0 to 1e6
-are drawn anew for each batch, and so are the start, the loss, the number of steps and the precision.
+are drawn anew for each batch, and so are the start, the number of steps, the precision, and what is known:
+the inputs themselves, some coefficients of their bands, or measurements under noise of any kind and level.
 Counted is what must never happen: a result that is not finite, a sample whose objective exceeds its
 start's by more than 1e-5 (1 + |J|), an input or a parameter that changed.
 """
@@ -15,6 +16,7 @@ import itertools
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -22,7 +24,20 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from separable_hvae import HVAE, FFT2Real, Identity, MAPRefiner, Wavelet2
+from separable_hvae import (
+    HVAE,
+    FFT2Real,
+    GaussianNoise,
+    Identity,
+    KnownBands,
+    LaplaceNoise,
+    MAPRefiner,
+    Measurement,
+    PoissonNoise,
+    Wavelet2,
+)
+from separable_hvae.data_terms import DataTerm
+from separable_hvae.hvae import Result
 from separable_hvae.refine.rules import RULES
 from separable_hvae.refine.schedules import SCHEDULES
 
@@ -79,17 +94,105 @@ def pick(n: int, random: torch.Generator) -> int:
     return int(torch.randint(n, (), generator=random))
 
 
-def objective(model: HVAE, latents: list[Tensor], x: Tensor, guidance: float, loss: str) -> Tensor:
-    """The MAP objective of latents, from what the model itself decodes: ``(B,)``, float64."""
-    result = model.decode(latents)
-    error = (result.reconstruction.double() - x.double()).flatten(1)
-    sigma = float(model.sigma.detach())
-    if loss == "l1":  # on the bands, as refinement has it
-        pairs = zip(result.bands, model.decomp.analysis(x), strict=True)
-        data = math.sqrt(2) / sigma * torch.cat([(a - b).double().abs().flatten(1) for a, b in pairs], dim=1).sum(1)
-    else:
-        data = error.square().sum(1) / (2 * sigma**2)
-    return (result.nll.double() + guidance * data).detach()
+@dataclass
+class Known:
+    """What is known of a batch.
+
+    Attributes:
+        term: What a refiner takes.
+        data: The data term of what a model decodes, by formulas of this module: ``(B,)``, float64.
+        tensors: All that the term was made of.
+        loss: The refiner's loss.
+    """
+
+    term: Tensor | DataTerm
+    data: Callable[[Result], Tensor]
+    tensors: list[Tensor]
+    loss: Literal["l1", "l2"] = "l2"
+
+
+def gaussian(error: Tensor, variance: float | Tensor) -> Tensor:
+    return (error.double().square() / (2 * variance)).flatten(1).sum(1)
+
+
+def laplace(error: Tensor, variance: float | Tensor) -> Tensor:
+    return (math.sqrt(2) * error.double().abs() / variance**0.5).flatten(1).sum(1)
+
+
+def poisson(predicted: Tensor, y: Tensor, gain: float) -> Tensor:
+    rate, counts = predicted.double() / gain, y.double() / gain
+    few = math.log(0.1) + 10 * rate - 1
+    log = torch.where(rate > 0.1, rate.clamp_min(0.1).log(), few)
+    return (torch.where(rate > 0.1, rate, few.clamp_max(0).exp()) - counts * log).flatten(1).sum(1)
+
+
+def signals(model: HVAE, x: Tensor, random: torch.Generator) -> Known:
+    """The inputs themselves, by either loss."""
+    variance = float(model.sigma.detach()) ** 2
+    if pick(2, random):
+        return Known(x, lambda result: gaussian(result.reconstruction - x, variance), [x])
+    bands = torch.cat([h.flatten(1) for h in model.decomp.analysis(x)], dim=1)  # as refinement has it
+
+    def data(result: Result) -> Tensor:
+        return laplace(torch.cat([h.flatten(1) for h in result.bands], dim=1) - bands, variance)
+
+    return Known(x, data, [x], "l1")
+
+
+def coefficients(model: HVAE, x: Tensor, random: torch.Generator) -> Known:
+    """About half of the coefficients of every band."""
+    bands = list(model.decomp.analysis(x))
+    masks = [torch.rand(h.shape, generator=random) < 0.5 for h in bands]
+    noise = level(random)
+    variance = float(model.sigma.detach()) ** 2 + noise**2
+
+    def data(result: Result) -> Tensor:
+        parts = zip(result.bands, bands, masks, strict=True)
+        return torch.stack([gaussian(torch.where(mask, a - b, 0), variance) for a, b, mask in parts]).sum(0)
+
+    return Known(KnownBands(bands, masks, noise), data, [*bands, *masks])
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    return x * mask
+
+
+def pooled(x: Tensor, _: Tensor) -> Tensor:
+    return torch.nn.functional.avg_pool2d(x, 2)
+
+
+def squared(x: Tensor, _: Tensor) -> Tensor:
+    return x.square()
+
+
+def measurements(model: HVAE, x: Tensor, random: torch.Generator) -> Known:
+    """Some pixels, means of four, or squares, under noise of any kind; of some inputs there is no pixel."""
+    share = torch.rand(len(x), 1, 1, 1, generator=random).round()
+    mask = (torch.rand(x.shape, generator=random) < share).to(x)
+    operators: list[tuple[Callable[[Tensor, Tensor], Tensor], float]] = [(masked, 1.0), (pooled, 0.25), (squared, 0.0)]
+    operator, gain = operators[pick(3, random)]  # with the eigenvalue of A A*
+    linear = operator is not squared
+    levels = torch.tensor([level(random) for _ in x]).reshape(-1, 1, 1, 1).to(x)
+    y = operator(x + levels * torch.randn(x.shape, generator=random).to(x), mask)
+    kind = pick(3, random) if linear else 2
+    if kind == 2:
+        y, count = y.clamp_min(0), one(1e-3, 1e3, random)
+        start = None if linear else x
+        term = Measurement(y, operator, PoissonNoise(count), given=[mask], linear=linear, start=start)
+        return Known(term, lambda result: poisson(operator(result.reconstruction, mask), y, count), [x, y, mask])
+    made, density = ((GaussianNoise, gaussian), (LaplaceNoise, laplace))[kind]
+    noise = levels if pick(2, random) else float(levels[0])
+    variance = noise**2 + gain * float(model.sigma.detach()) ** 2
+
+    def data(result: Result) -> Tensor:
+        return density(operator(result.reconstruction, mask) - y, variance)
+
+    return Known(Measurement(y, operator, made(noise), given=[mask]), data, [x, y, mask, levels])
+
+
+def level(random: torch.Generator) -> float:
+    """Deviation of a noise, 0 now and then."""
+    return 0.0 if pick(8, random) == 0 else one(1e-3, 1e3, random)
 
 
 def digest(model: HVAE) -> str:
@@ -106,28 +209,29 @@ def batch(model: HVAE, schedule: str, rule: str, size: int, random: torch.Genera
     if precise:
         model, x = copy.deepcopy(model).double(), x.double()
     guidance = 0.0 if pick(8, random) == 0 else one(1e-6, 1e6, random)
-    names: list[Literal["l1", "l2"]] = ["l1", "l2"]
-    loss = names[pick(2, random)]
+    known = (signals, coefficients, measurements, measurements)[pick(4, random)](model, x, random)
     inits: list[Any] = ["posterior", "posterior", "prior", [3 * z for z in model.encode(x).latents]]
     init = inits[pick(len(inits), random)]
     sample = isinstance(init, str) and pick(2, random) == 0
     step_size, steps, seed = one(1e-6, 1e3, random), 1 + pick(4, random), pick(2**31, random)
-    before, held = x.clone(), digest(model)
+    before, held = [t.clone() for t in known.tensors], digest(model)
 
-    def refined(n: int) -> tuple[list[Tensor], Tensor, Tensor]:
-        refiner = MAPRefiner(n, step_size, guidance, loss, schedule, rule, init, sample)
-        result = refiner(model, x, torch.Generator().manual_seed(seed))
-        assert result.refused is not None
-        return result.latents, result.reconstruction, result.refused
+    def refined(n: int) -> Result:
+        refiner = MAPRefiner(n, step_size, guidance, known.loss, schedule, rule, init, sample)
+        return refiner(model, known.term, torch.Generator().manual_seed(seed))
 
-    start = refined(0)[0]
-    latents, reconstruction, refused = refined(steps)
-    finite = torch.isfinite(torch.cat([t.flatten(1) for t in (reconstruction, *latents)], dim=1)).all(1)
-    first, last = (objective(model, z, x, guidance, loss) for z in (start, latents))
+    def objective(result: Result) -> Tensor:
+        again = model.decode(result.latents)
+        return (again.nll.double() + guidance * known.data(again)).detach()
+
+    start, end = refined(0), refined(steps)
+    assert end.refused is not None
+    finite = torch.isfinite(torch.cat([t.flatten(1) for t in (end.reconstruction, *end.latents)], dim=1)).all(1)
+    first, last = objective(start), objective(end)
     # In single precision the objectives measured here carry rounding of their own.
     worse = ~(last <= first + SLACK * (1 if precise else 3) * (1 + first.abs()))
-    changed = not torch.equal(x, before) or digest(model) != held
-    return Count(size, int(refused.sum()), int((~finite).sum()), int(worse.sum()), size * changed)
+    changed = not all(map(torch.equal, known.tensors, before)) or digest(model) != held
+    return Count(size, int(end.refused.sum()), int((~finite).sum()), int(worse.sum()), size * changed)
 
 
 def abuse(schedule: str, rule: str, n: int, seed: int = 0) -> Count:
