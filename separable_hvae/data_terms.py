@@ -14,8 +14,9 @@ signal is compared with what that target would.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -141,8 +142,10 @@ class Signal(DataTerm):
         return len(self.x)
 
     @override
-    def rows(self, rows: slice | Tensor) -> "Signal":
-        return Signal(self.x[rows], self.loss)
+    def rows(self, rows: slice | Tensor) -> Self:
+        part = copy(self)
+        part.x = self.x[rows]
+        return part
 
     @override
     def guess(self, model: HVAE) -> Tensor:

@@ -19,8 +19,8 @@ class Result:
         data: ``−log p(x | z)``, in nats: ``(B,)``; ``None`` without data.
         objective: Full MAP objective of refined latents, in nats: ``(B,)``; ``None`` on other results.
         history: What a refiner recorded at each step; ``None`` on other results.
-        refused: Where a refiner returned its start because it found nothing better: ``(B,)`` bool;
-            ``None`` on other results.
+        refused: Where a refiner returned its start because it found nothing better, or a sampler nothing
+            finite: ``(B,)`` bool; ``None`` on other results.
     """
 
     reconstruction: Tensor

@@ -13,6 +13,7 @@ from separable_hvae.data_terms import BoundTerm, DataTerm, Signal
 from separable_hvae.hvae import Observation
 from tests.linear_gaussian import ClosedForm, flat, linear_gaussian, stacked
 from tests.pages import ROOT, blocks, run
+from tests.test_hvae import seeded
 from tests.zoo import signal
 
 
@@ -27,14 +28,20 @@ def langevin(*args: Any, **options: Any) -> Refiner:
 def test_langevin_draws_latents_of_the_posterior() -> None:
     model = linear_gaussian(FFT1Real(2, channels=1, scales=[2]), layers=1)
     algebra, x = ClosedForm(model), signal(model.decomp, 1).expand(2000, -1, -1)
-    torch.manual_seed(0)
-    result = langevin()(model, x)
+    result = langevin()(model, x, torch.Generator().manual_seed(0))
     assert result.refused is not None
     assert not result.refused.any()
     zs, row = flat(result.latents), flat([x[:1]])[0]
     precision = algebra.whitened(row).matrix.T @ algebra.whitened(row).matrix
     np.testing.assert_allclose(zs.mean(0), algebra.joint(row), atol=0.1)
     np.testing.assert_allclose(np.cov(zs.T), np.linalg.inv(precision), atol=0.1)
+
+
+def test_samplers_draw_from_the_generator() -> None:
+    model = linear_gaussian(FFT1Real(2, channels=1, scales=[2]), layers=1)
+    one, same, other = (langevin(2)(model, signal(model.decomp, 3), seeded(n)).latents[0] for n in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("sample", [True, False])

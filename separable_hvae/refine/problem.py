@@ -39,9 +39,11 @@ class Problem:
 
     Attributes:
         execution: How pieces run; a refiner sets its own.
+        generator: Random numbers for steps that draw, the ones that the refiner was called with.
     """
 
     execution: Execution = Eager()
+    generator: torch.Generator | None = None
 
     def __init__(
         self,

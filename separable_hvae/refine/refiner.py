@@ -211,7 +211,7 @@ class Refiner(ABC):
         taken: list[Row] = []
         watch.clock.reserve()
         for number, problem in enumerate(self.schedule.solving(run)):
-            problem.execution = self.execution
+            problem.execution, problem.generator = self.execution, run.generator
             watch.clock.enter(problem)
             stopping = Stopping(self.tolerance, run.batch, run.context.device)
             state: Any = None

@@ -29,7 +29,7 @@ class Run:
         init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior, a list of L
             tensors from these.
         sample: Start from a draw instead of the mean.
-        generator: Random numbers of the draw.
+        generator: Random numbers of the draw, and of steps that draw.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Run:
         self.model, self.seen, self.term, self.steps = model, seen, term, steps
         self.objective = Objective(model, term.misfit, guidance)
         self.batch = len(seen.x)
-        self.init = init
+        self.init, self.generator = init, generator
         self.given = None if isinstance(init, str) else list(init)
         self.context = model.start.detach().expand(self.batch, *model.start.shape[1:])
         with torch.no_grad():
