@@ -66,15 +66,30 @@ def transform(method: Callable[Concatenate[D, P], R]) -> Callable[Concatenate[D,
     return cast(Callable[Concatenate[D, P], R], wrapped)
 
 
-class Decomposition(nn.Module, ABC):
+class _Ready(nn.Module):
+    """A module that takes tensors from the first line of a subclass's constructor on."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        nn.Module.__init__(made)
+        return made
+
+    def __init__(self) -> None:
+        """Leave what is there: a module's own constructor would drop its tensors."""
+
+
+class Decomposition(_Ready, ABC):
     """Invertible linear map between a signal ``(B, C, *size)`` and its bands, coarse to fine.
 
     A subclass gives :meth:`analysis`, :meth:`synthesis` and :meth:`band_shape`; everything else has
     a default that follows from them. Set ``orthonormal = True`` where the map is an isometry:
     refinement then measures data terms band by band. :meth:`check` measures every law.
 
+    A subclass's constructor sets what the maps need and calls ``super().__init__`` last. Parameters, buffers
+    and modules among it are trained, moved, copied and saved with the model.
+
     Args:
-        size: Points on each axis of the signal, one to three axes.
+        size: Points on each axis of the signal, one to three axes; an int is a square.
         channels: Channels of the signal, complex ones counted once.
         scales: Resolutions of the hierarchy, increasing, the last one ``max(size)``;
             ``None`` takes :meth:`default_scales`.
@@ -89,12 +104,12 @@ class Decomposition(nn.Module, ABC):
     orthonormal: bool = False
 
     def __init__(
-        self, size: Sequence[int], channels: int, scales: Sequence[int] | None = None, *, is_complex: bool = False
+        self, size: int | Sequence[int], channels: int, scales: Sequence[int] | None = None, *, is_complex: bool = False
     ) -> None:
         super().__init__()
-        self.size = tuple(_positive("size", n) for n in size)
+        self.size = tuple(_positive("size", n) for n in sides(size, None))
         if not 1 <= len(self.size) <= 3:
-            raise ValueError(f"size must have one to three axes, got {tuple(size)}")
+            raise ValueError(f"size must have one to three axes, got {self.size}")
         self.channels = _positive("channels", channels)
         check_flag("is_complex", is_complex)
         self.is_complex = is_complex
@@ -102,10 +117,10 @@ class Decomposition(nn.Module, ABC):
 
     def _set_scales(self, scales: Sequence[int] | None) -> None:
         self.scales = self._checked_scales(self.default_scales() if scales is None else scales)
-        # Buffers made in inference mode could not be used with autograd later.
+        # Tensors made in inference mode could not be used with autograd later.
         with torch.inference_mode(False):
             self.build()
-        self.band_shapes = {s: shape for s in self.scales if (shape := self.band_shape(s)) is not None}
+        self.band_shapes = {s: tuple(shape) for s in self.scales if (shape := self.band_shape(s)) is not None}
         if self.scales[-1] not in self.band_shapes:
             previous = self.scales[-2] if len(self.scales) > 1 else 0
             raise ValueError(
@@ -150,13 +165,16 @@ class Decomposition(nn.Module, ABC):
         """
 
     @abstractmethod
-    def band_shape(self, scale: int) -> tuple[int, ...] | None:
+    def band_shape(self, scale: int) -> Sequence[int] | None:
         """Shape of one sample's band at ``scale``; ``None`` where the scale emits no band."""
 
     # What follows from it, and may be overridden.
 
     def build(self) -> None:
-        """Make what depends on ``self.scales``; called by the constructor and by :meth:`bind`."""
+        """Make what depends on ``self.scales``; called by the constructor and, for other scales, by :meth:`bind`.
+
+        What is learned is made in the constructor: here, other scales would make it anew.
+        """
 
     def default_scales(self) -> tuple[int, ...]:
         """Scales where none are given: the largest size, halved (rounding up) down to 1."""
@@ -196,13 +214,15 @@ class Decomposition(nn.Module, ABC):
     # What is the same for all.
 
     def bind(self, scales: Sequence[int]) -> Self:
-        """Return a copy of this decomposition with other scales.
+        """Return a copy of this decomposition with these scales.
 
         Raises:
             ValueError: If the scales do not fit the signal (see the class).
         """
-        bound = copy.deepcopy(self)
-        bound._set_scales(scales)
+        with torch.inference_mode(False):
+            bound = copy.deepcopy(self)
+        if bound._checked_scales(scales) != bound.scales:
+            bound._set_scales(scales)
         return bound
 
     def checked_analysis(self, x: Tensor) -> list[Tensor]:

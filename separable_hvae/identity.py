@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.decomposition import Decomposition, sides, transform
+from separable_hvae.decomposition import Decomposition, transform
 from separable_hvae.signals import pack, unpack
 
 
@@ -30,7 +30,7 @@ class Identity(Decomposition):
         scales: Sequence[int] | None = None,
         is_complex: bool = False,
     ) -> None:
-        super().__init__(sides(size, None), channels, scales, is_complex=is_complex)
+        super().__init__(size, channels, scales, is_complex=is_complex)
 
     @override
     @transform

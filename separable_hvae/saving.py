@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from separable_hvae import sealed
 from separable_hvae._version import __version__
@@ -61,7 +62,7 @@ class Pretrained(nn.Module):
         """
         if _path("folder", folder).is_file():
             raise ValueError(f"folder must be a folder, got the file {folder}")
-        kind, arguments = type(self.decomp), plain("config() of the decomposition", self.decomp.config())
+        kind, arguments = _kind(self), plain("config() of the decomposition", self.decomp.config())
         try:
             _rebuilt(kind, arguments)
         except Exception as error:
@@ -171,7 +172,7 @@ class Pretrained(nn.Module):
 
     def _card(self) -> str:
         """A short model card; its author adds what the library cannot know."""
-        name, bands = type(self).__name__, type(self.decomp).__name__
+        name, bands = type(self).__name__, _kind(self).__name__
         return f"""---
 library_name: separable-hvae
 tags: [hierarchical-vae, variational-autoencoder]
@@ -203,11 +204,16 @@ def description(model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:
         options["head"] = _name(options["head"], _HEADS)
     return {
         "model": type(model).__name__,
-        "decomposition": {"class": _name(type(model.decomp), _DECOMPOSITIONS), "arguments": arguments},
+        "decomposition": {"class": _name(_kind(model), _DECOMPOSITIONS), "arguments": arguments},
         "scales": list(model.decomp.scales),
         "options": plain("config of the model", options),
         "dtype": _dtype(model),
     }
+
+
+def _kind(model: Pretrained) -> type[Decomposition]:
+    """The class of a model's decomposition, without what PyTorch makes of it where its tensors are parametrized."""
+    return cast(type[Decomposition], type_before_parametrizations(model.decomp))
 
 
 def _name(kind: type, own: Mapping[str, type]) -> str:

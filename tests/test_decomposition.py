@@ -279,6 +279,21 @@ def test_own_dct_against_its_matrix() -> None:
         np.testing.assert_allclose(h[0, 0], full[ring], atol=1e-12)
 
 
+def test_own_sizes_and_shapes_are_read_as_the_librarys_are() -> None:
+    class Listed(RingDCT):
+        @override
+        def band_shape(self, scale: int) -> list[int]:  # type: ignore[override]
+            return list(super().band_shape(scale) or [])
+
+    decomp = Listed(8, 1)
+    assert decomp.size == (8, 8)
+    assert decomp.band_shapes == RingDCT((8, 8), 1).band_shapes
+    decomp.check()
+    assert decomp.config() == {"size": [8, 8], "channels": 1, "scales": [1, 2, 4, 8], "is_complex": False}
+    with pytest.raises(TypeError, match=r"size must be an int or a sequence of ints, got 8\.0"):
+        RingDCT(8.0, 1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("head", ["grid", "coefficient"])
 @pytest.mark.parametrize("make", OWN.values(), ids=OWN)
 def test_own_decomposition_trains(make: Make, head: str) -> None:
