@@ -7,6 +7,7 @@ comes from the caller, or from an import path that the caller agreed to follow.
 """
 
 import importlib
+import inspect
 import os
 import re
 import tempfile
@@ -57,7 +58,8 @@ class Pretrained(nn.Module):
 
         Raises:
             TypeError: If something cannot be saved: what a decomposition of your own was built with
-                (see :meth:`Decomposition.config`), or state that is no tensor of a usual dtype.
+                (see :meth:`Decomposition.config`), an option of a subclass that is not in its ``config``,
+                or state that is no tensor of a usual dtype.
             ValueError: If ``folder`` is a file.
         """
         if _path("folder", folder).is_file():
@@ -67,6 +69,7 @@ class Pretrained(nn.Module):
             _rebuilt(kind, arguments)
         except Exception as error:
             raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
+        _check_options(self)
         settings = {"version": __version__, **description(self, arguments)}
         sealed.write(Path(folder), settings, _state(self)[0], self._card())
 
@@ -256,6 +259,18 @@ def _rebuilt(kind: type[Decomposition], arguments: dict[str, Any]) -> Decomposit
     if (now := plain("config()", decomp.config())) != arguments:
         raise ValueError(f"built with {arguments}, its config() gives {now}")
     return decomp
+
+
+def _check_options(model: Pretrained) -> None:
+    """Raise a ``TypeError`` unless ``config`` holds every option of the model's constructor, and nothing else."""
+    kind, signature = type(model).__name__, inspect.signature(type(model))
+    try:
+        given = signature.bind(model.decomp, scales=model.decomp.scales, **model.config).arguments
+    except TypeError as error:
+        raise TypeError(f"{kind} cannot be built again from its decomposition, scales and config: {error}") from error
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if missing := [n for n, p in signature.parameters.items() if n not in given and p.kind not in open_ended]:
+        raise TypeError(f"{kind} takes {missing}, which its config lacks: set self.config[{missing[0]!r}] in __init__")
 
 
 def _check_keys(place: str, values: dict[str, Any], kinds: Mapping[str, type]) -> None:

@@ -325,6 +325,44 @@ def test_a_subclass_of_the_model(tmp_path: Path) -> None:
         HVAE.from_pretrained(tmp_path)
 
 
+class Extended(HVAE):
+    """An own model with an option, which its ``config`` may lack."""
+
+    def __init__(
+        self,
+        decomp: Decomposition,
+        scales: Sequence[int] | None = None,
+        *,
+        extra: int = 3,
+        keep: bool = True,
+        **rest: Any,
+    ) -> None:
+        super().__init__(decomp, scales, **rest)
+        self.extra = extra
+        if keep:
+            self.config |= {"extra": extra, "keep": keep}
+
+
+class Narrow(HVAE):
+    """An own model that decides on options itself."""
+
+    def __init__(self, decomp: Decomposition, width: int = 2) -> None:
+        super().__init__(decomp, width=width, layers=1, bottleneck=2, blocks=0)
+
+
+def test_options_of_a_subclass_come_back_or_cannot_be_saved(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"layers": 1, "width": 2, "bottleneck": 2, "blocks": 0}
+    Extended(Identity(4), extra=7, **options).save_pretrained(tmp_path / "kept")
+    assert Extended.from_pretrained(tmp_path / "kept").extra == 7
+    with pytest.raises(
+        TypeError, match=r"Extended takes \['extra', 'keep'\], which its config lacks: set self\.config\['extra'\]"
+    ):
+        Extended(Identity(4), extra=7, keep=False, **options).save_pretrained(tmp_path / "lost")
+    with pytest.raises(TypeError, match=r"Narrow cannot be built again .* unexpected keyword argument 'scales'"):
+        Narrow(Identity(4)).save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+
+
 @pytest.mark.parametrize("place", ["decomposition", "head"])
 @pytest.mark.parametrize("trust", [False, True])
 def test_nothing_that_a_file_names_is_executed(
@@ -514,6 +552,7 @@ FORMAT_1_TENSORS: dict[str, tuple[int, ...]] = {
     "start": (1, 2, 2),
     "log_sigma": (),
     "calibrated": (),
+    "magnitude": (),
     "encoder.stem.weight": (2, 1, 3),
     "encoder.stem.bias": (2,),
     "subsets.0.centre": (1, 2),
