@@ -37,15 +37,6 @@ from separable_hvae.laws import LawReport, measure_laws, wrong_bands
 from separable_hvae.precision import full_precision
 from separable_hvae.signals import COMPLEX, REAL, pack, resample, unpack, widen
 
-__all__ = [
-    "Decomposition",
-    "pack",
-    "resample",
-    "sides",
-    "transform",
-    "unpack",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 D = TypeVar("D", bound="Decomposition")

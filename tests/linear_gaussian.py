@@ -21,8 +21,8 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from typing_extensions import override
 
 from separable_hvae import HVAE, Decomposition, ScaleHead
-from separable_hvae.decomposition import unpack
 from separable_hvae.latent import LOG_SIGMA_BOUND, Entry, Gaussian, LayerPass, StochasticLayer
+from separable_hvae.signals import unpack
 
 Array = NDArray[np.float64]
 

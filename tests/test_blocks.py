@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from separable_hvae.blocks import Bottleneck, Encoder, ResidualBlock, conv
-from separable_hvae.decomposition import resample
+from separable_hvae.signals import resample
 
 GRIDS = [(4,), (1,), (4, 5), (1, 6), (3, 4, 5), (1, 1, 2)]
 

@@ -29,8 +29,9 @@ from separable_hvae import (
     posterior_draws,
 )
 from separable_hvae.data_terms import DataTerm
-from separable_hvae.decomposition import Decomposition, pack
+from separable_hvae.decomposition import Decomposition
 from separable_hvae.refine import Scale
+from separable_hvae.signals import pack
 from tests.linear_gaussian import Affine, Array, ClosedForm, flat, linear_gaussian, stacked
 from tests.scripts import EXAMPLES, script
 from tests.test_data import write_cifar

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from separable_hvae import HVAE, FFT1Real, FFT2Real, Identity, Wavelet1
-from separable_hvae.decomposition import pack
+from separable_hvae.signals import pack
 from tests.linear_gaussian import ClosedForm, flat, linear_gaussian
 from tests.zoo import Make, signal
 

@@ -11,8 +11,8 @@ from torch.distributions import Distribution, Laplace, Normal
 
 from separable_hvae import HVAE, FFT1Real, Identity
 from separable_hvae.data_terms import BoundTerm, Loss, Signal, absolute_error, squared_error
-from separable_hvae.decomposition import pack
 from separable_hvae.objective import ByScale, Objective, Terms, by_scale
+from separable_hvae.signals import pack
 from separable_hvae.subset import SubsetPass
 from tests.linear_gaussian import ClosedForm, flat, linear_gaussian
 from tests.test_hvae import tiny

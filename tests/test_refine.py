@@ -18,7 +18,6 @@ from typing_extensions import override
 
 from separable_hvae import HVAE, FFT1Real, FFT2Complex, Identity, MAPRefiner, Refiner
 from separable_hvae.data_terms import absolute_error
-from separable_hvae.decomposition import pack
 from separable_hvae.latent import StochasticLayer
 from separable_hvae.precision import float32, float32_settings, full_precision
 from separable_hvae.refine import (
@@ -38,6 +37,7 @@ from separable_hvae.refine import (
 from separable_hvae.refine.execution import Gradient
 from separable_hvae.refine.pieces import Call
 from separable_hvae.refine.run import Run
+from separable_hvae.signals import pack
 from tests.linear_gaussian import Array, ClosedForm, flat, linear_gaussian
 from tests.test_hvae import layer_passes, seeded, tiny
 from tests.test_linear_gaussian import ORTHONORMAL

@@ -10,8 +10,8 @@ from torch.autograd.functional import hessian
 from typing_extensions import override
 
 from separable_hvae import HVAE, FFT1Real, Identity, MAPRefiner, Refiner
-from separable_hvae.decomposition import pack
 from separable_hvae.refine import Adam, GaussNewton, Iterate, Problem
+from separable_hvae.signals import pack
 from tests.linear_gaussian import ClosedForm, flat, linear_gaussian
 from tests.test_hvae import tiny
 from tests.zoo import OWN, Make, signal

@@ -39,9 +39,9 @@ from separable_hvae import (
     fit,
 )
 from separable_hvae.batches import Batches, checksum
-from separable_hvae.decomposition import pack
 from separable_hvae.records import Records
 from separable_hvae.refine import history
+from separable_hvae.signals import pack
 from tests import zoo
 from tests.test_hvae import layer_passes, seeded, tiny
 

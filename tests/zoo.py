@@ -23,7 +23,7 @@ from separable_hvae import (
     Wavelet2,
     Wavelet3,
 )
-from separable_hvae.decomposition import resample
+from separable_hvae.signals import resample
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
