@@ -233,9 +233,16 @@ class HVAE(Pretrained, nn.Module):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the units of the data in float32 at least: half precision is for networks."""
+        """Keep the decomposition and the units of the data in float32 at least: half precision is for networks."""
         owners: list[tuple[nn.Module, str]] = [(self, "log_sigma"), (self, "magnitude")]
         owners += [(subset, name) for subset in self.subsets for name in ("centre", "unit")]
+        for module in self.decomp.modules():
+            owners += [
+                (module, name)
+                for own in (module._parameters, module._buffers)
+                for name, t in own.items()
+                if t is not None
+            ]
         before = [cast(Tensor, getattr(owner, name)).detach() for owner, name in owners]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for (owner, name), exact in zip(owners, before, strict=True):

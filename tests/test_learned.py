@@ -132,3 +132,10 @@ def test_a_learned_basis_finds_that_of_the_data(kind: type[Basis], tmp_path: Pat
     for refiner in (MAPRefiner(0), MAPRefiner(3), MAPRefiner(3, schedule="joint")):
         found, expected = refiner(loaded, data[:5]), refiner(model, data[:5])
         assert torch.equal(found.reconstruction, expected.reconstruction)
+
+
+@pytest.mark.parametrize("kind", [Fixed, Learned, LearnedInside])
+def test_half_precision_is_not_for_the_basis(kind: Callable[..., Decomposition]) -> None:
+    model = HVAE(kind(4), **LITTLE).bfloat16()
+    assert model.start.dtype == torch.bfloat16
+    model.decomp.check(dtype=torch.float32)
