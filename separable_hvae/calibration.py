@@ -162,5 +162,5 @@ def warn_of_other_units(magnitude: float, signals: BandMoments) -> None:
         warnings.warn(
             f"the data's root mean square is {found:.2g}, that of the data which the model was calibrated with "
             f"{magnitude:.2g}: rescale the data to the units of those, or calibrate the model anew",
-            stacklevel=5,
+            stacklevel=6,
         )

@@ -133,7 +133,7 @@ class TrainingState:
             changed = _differences(options, self.options)
             warnings.warn(
                 f"{path} belongs to a run with other options (there, here), and goes on with the new ones: {changed}",
-                stacklevel=5,
+                stacklevel=6,
             )
 
         def part(name: str) -> dict[str, Tensor]:
