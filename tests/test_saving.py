@@ -190,7 +190,9 @@ def test_round_trip_of_the_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     model = small(Turned(4)).to(dtype)
     model.save_pretrained(tmp_path)
     assert same(model, loaded := HVAE.from_pretrained(tmp_path, classes=[Turned]))
-    assert loaded.start.dtype == loaded.decomp.get_buffer("table").dtype == dtype
+    assert loaded.start.dtype == dtype
+    # Half precision is for networks.
+    assert loaded.decomp.get_buffer("table").dtype == model.decomp.get_buffer("table").dtype == torch.float64
 
     # Parts that were cast, or not, on their own.
     model.decomp.double()
