@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from baselines import Sparsity, TotalVariation, WaveletSparsity, pnp_hvae, sparse
 from problems import Case, cases
-from report import draw, known_error, markdown, quality, significance
+from report import CHOSEN, SWEPT, draw, known_error, markdown, quality, significance
 from subjects import of_digits, of_files, of_runs, of_volumes
 from torch import Tensor
 
@@ -97,9 +97,9 @@ def methods(model: HVAE, vanilla: HVAE | None, side: int, steps: int) -> dict[st
         }
     return rows | {
         "separable, amortized": refined(model, steps=0),
-        "separable, scale by scale": refined(model, schedule=Scale(sweeps=2), **adam),
-        "separable, joint": refined(model, **joint),
-        "separable, joint, corrected": corrected(model, "separable, joint"),
+        SWEPT: refined(model, schedule=Scale(sweeps=2), **adam),
+        CHOSEN: refined(model, **joint),
+        "separable, joint, corrected": corrected(model, CHOSEN),
     }
 
 

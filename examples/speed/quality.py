@@ -196,7 +196,7 @@ def draw(curves: dict[str, dict[str, Any]], title: str) -> Figure:
 
 def draw_trade(trades: dict[str, list[dict[str, float]]], amortized: dict[str, dict[str, float]]) -> Figure:
     """MSE against NLL as guidance varies, with the amortized mean."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for model, points in trades.items():
         (line,) = axes.plot([p["nll"] for p in points], [p["mse"] for p in points], ".-", label=f"{model}, refined")
@@ -205,7 +205,7 @@ def draw_trade(trades: dict[str, list[dict[str, float]]], amortized: dict[str, d
         start = amortized[model]
         axes.plot(start["nll"], start["mse"], "x", color=line.get_color(), label=f"{model}, amortized mean")
     axes.set(xlabel="−log p(z), nats/latent", ylabel="MSE, 8 bit", yscale="log")
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)
     axes.grid(alpha=0.3, which="both")
     return figure
 
