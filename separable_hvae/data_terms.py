@@ -164,7 +164,7 @@ class Signal(DataTerm):
         def aims(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
             x, sigma = data
             target = model.left(index, x, [band for band in bands[:index] if band is not None])
-            return [_piece(model.decomp, index, target), sigma]
+            return [pack(piece(model.decomp, index, target)), sigma]
 
         return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x, sigma], aims, pure=True)
 
@@ -232,7 +232,7 @@ class SignalMisfit(Misfit):
 
     @override
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        return self.distance(_piece(self.decomp, index, band), *aim)
+        return self.distance(pack(piece(self.decomp, index, band)), *aim)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
@@ -242,10 +242,10 @@ class SignalMisfit(Misfit):
         return [(self.decomp.scales[-1], self.distance(pack(reconstruction), pack(x), sigma))]
 
 
-def _piece(decomp: Decomposition, index: int, band: Tensor) -> Tensor:
-    """What one band adds to the signal, as real numbers ``(B, ...)``."""
+def piece(decomp: Decomposition, index: int, band: Tensor) -> Tensor:
+    """What one band adds to the signal, ``(B, C, *size)``."""
     with full_precision(band.device):
-        return pack(decomp.synthesis([*[None] * index, band]))
+        return decomp.synthesis([*[None] * index, band])
 
 
 def squared_error(h_hat: Tensor, h: Tensor) -> Tensor:

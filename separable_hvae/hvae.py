@@ -237,12 +237,8 @@ class HVAE(Pretrained, nn.Module):
         owners: list[tuple[nn.Module, str]] = [(self, "log_sigma"), (self, "magnitude")]
         owners += [(subset, name) for subset in self.subsets for name in ("centre", "unit")]
         for module in self.decomp.modules():
-            owners += [
-                (module, name)
-                for own in (module._parameters, module._buffers)
-                for name, t in own.items()
-                if t is not None
-            ]
+            owners += [(module, name) for name, _ in module.named_parameters(recurse=False)]
+            owners += [(module, name) for name, _ in module.named_buffers(recurse=False)]
         before = [cast(Tensor, getattr(owner, name)).detach() for owner, name in owners]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for (owner, name), exact in zip(owners, before, strict=True):

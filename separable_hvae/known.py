@@ -145,8 +145,8 @@ class KnownBands(DataTerm):
         for scale, band, mask in zip(decomp.band_scales, decomp.check_bands(self.bands), masks, strict=True):
             if mask is None:
                 mask = torch.zeros_like(band, dtype=torch.bool)
-            elif band.device != model.start.device:
-                raise ValueError(f"the band at scale {scale} is on {band.device}, the model on {model.start.device}")
+            elif band.device != model.device:
+                raise ValueError(f"the band at scale {scale} is on {band.device}, the model on {model.device}")
             # Values that are not known may be anything, NaN too.
             band = torch.where(mask, band, 0).to(model.precision)
             check_finite(f"what is known of the band at scale {scale}", band)

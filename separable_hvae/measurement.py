@@ -25,7 +25,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from separable_hvae.checks import came, came_as, check_callable, check_flag, check_generator, check_instance, is_number
-from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit
+from separable_hvae.data_terms import BoundTerm, DataTerm, Misfit, piece
 from separable_hvae.decomposition import Decomposition
 from separable_hvae.hvae import HVAE, Observation
 from separable_hvae.kept import Kept, kept_by
@@ -203,8 +203,8 @@ class Measurement(DataTerm):
     def _read(self, model: HVAE) -> tuple[Tensor, list[Tensor]]:
         """Measurements and what the operator takes besides signals, in the model's precision."""
         for name, tensor in {"y": self.y, **{f"given[{i}]": t for i, t in enumerate(self.given)}}.items():
-            if tensor.device != model.start.device:
-                raise ValueError(f"{name} is on {tensor.device}, the model on {model.start.device}")
+            if tensor.device != model.device:
+                raise ValueError(f"{name} is on {tensor.device}, the model on {model.device}")
         wanted = model.precision
 
         def cast(t: Tensor) -> Tensor:
@@ -262,19 +262,14 @@ class MeasurementMisfit(Misfit):
     @override
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
         others, y, spread, *given = aim
-        alone: list[Tensor | None] = [None] * len(self.decomp.band_shapes)
-        alone[index] = band
-        return self._compare(self._synthesis(alone, band.device) + others, y, spread, given)
+        return self._compare(piece(self.decomp, index, band) + others, y, spread, given)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         y, spread, *given = data
-        x = self._synthesis(bands, bands[0].device)
+        with full_precision(bands[0].device):
+            x = self.decomp.synthesis(bands)
         return [(self.decomp.scales[-1], self._compare(x, y, spread, given))]
-
-    def _synthesis(self, bands: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        with full_precision(device):
-            return self.decomp.synthesis(bands)
 
     def _compare(self, x: Tensor, y: Tensor, spread: Tensor, given: Sequence[Tensor]) -> Tensor:
         with full_precision(x.device):
