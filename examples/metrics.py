@@ -16,7 +16,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from separable_hvae import HVAE
-from separable_hvae.signals import pack
+from separable_hvae.functional import pack
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:

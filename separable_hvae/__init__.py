@@ -1,20 +1,22 @@
 """Linearly separable hierarchical VAEs: fast iterative amortized inference."""
 
 from separable_hvae._version import __version__
-from separable_hvae.data_terms import DataTerm, Signal
-from separable_hvae.decomposition import Decomposition
-from separable_hvae.evaluation import evaluate
-from separable_hvae.fourier import FFT1Complex, FFT1Real, FFT2Complex, FFT2Real, FFT3Complex, FFT3Real
-from separable_hvae.heads import CoefficientHead, GridHead, ScaleHead
-from separable_hvae.hvae import HVAE, Result
-from separable_hvae.identity import Identity
-from separable_hvae.known import KnownBands, masks_of
-from separable_hvae.measurement import Measurement
-from separable_hvae.noise import GaussianNoise, LaplaceNoise, Noise, PoissonNoise
+from separable_hvae.data_terms.base import DataTerm
+from separable_hvae.data_terms.known_bands import KnownBands, masks_of
+from separable_hvae.data_terms.measurement import Measurement
+from separable_hvae.data_terms.signal import Signal
+from separable_hvae.decompositions.base import Decomposition
+from separable_hvae.decompositions.fourier import FFT1Complex, FFT1Real, FFT2Complex, FFT2Real, FFT3Complex, FFT3Real
+from separable_hvae.decompositions.identity import Identity
+from separable_hvae.decompositions.wavelet import Wavelet1, Wavelet2, Wavelet3
+from separable_hvae.distributions.noise import GaussianNoise, LaplaceNoise, Noise, PoissonNoise
+from separable_hvae.model.hvae import HVAE
+from separable_hvae.model.result import Result
+from separable_hvae.nn.heads import CoefficientHead, GridHead, ScaleHead
 from separable_hvae.refine import MAPRefiner, Refiner
-from separable_hvae.training import FitReport, fit
-from separable_hvae.uncertainty import posterior_draws
-from separable_hvae.wavelet import Wavelet1, Wavelet2, Wavelet3
+from separable_hvae.refine.posterior_draws import posterior_draws
+from separable_hvae.training.evaluation import evaluate
+from separable_hvae.training.loop import FitReport, fit
 
 __all__ = [
     "HVAE",

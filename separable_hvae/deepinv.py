@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from separable_hvae.hvae import HVAE
-from separable_hvae.measurement import Measurement
-from separable_hvae.noise import Noise
-from separable_hvae.physics import Physics, noise_of
+from separable_hvae.data_terms.measurement import Measurement
+from separable_hvae.data_terms.physics import Physics, noise_of
+from separable_hvae.distributions.noise import Noise
+from separable_hvae.functional import pack
+from separable_hvae.model.hvae import HVAE
 from separable_hvae.refine import Refiner
-from separable_hvae.signals import pack
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from separable_hvae.checks import check_instance
-from separable_hvae.decomposition import Decomposition
+from separable_hvae._validation import check_instance
+from separable_hvae.decompositions.base import Decomposition
+from separable_hvae.functional import check_finite
 from separable_hvae.refine import History
-from separable_hvae.signals import check_finite
 
 if TYPE_CHECKING:
     import numpy as np

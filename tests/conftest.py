@@ -1,6 +1,6 @@
 """Hypothesis profiles: a few fixed examples in every run, five hundred random ones on demand.
 
-pytest tests/test_laws.py --hypothesis-profile=full
+pytest tests/decompositions/test_laws.py --hypothesis-profile=full
 """
 
 from hypothesis import settings

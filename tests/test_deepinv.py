@@ -8,7 +8,7 @@ import torch
 
 from separable_hvae import HVAE, FFT2Complex, GaussianNoise, MAPRefiner, Measurement, PoissonNoise, Wavelet2
 from separable_hvae.deepinv import reconstructor
-from tests.zoo import signal
+from tests.helpers.zoo import signal
 
 REFINER = MAPRefiner(3, schedule="joint")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from separable_hvae import HVAE, Measurement, Wavelet2
-from separable_hvae.signals import pack, unpack
+from separable_hvae.functional import pack, unpack
 
 
 class TotalVariation:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from separable_hvae import HVAE, DataTerm, Decomposition, KnownBands, Measurement
-from separable_hvae.measurement import Fill
-from separable_hvae.signals import pack
+from separable_hvae.data_terms.measurement import Fill
+from separable_hvae.functional import pack
 
 Operator = Callable[..., Tensor]
 

@@ -1,8 +1,8 @@
 """Refinement: schedules, update rules, execution and the loop."""
 
-from separable_hvae.refine.compiled import Compiled
-from separable_hvae.refine.execution import Eager, Execution
-from separable_hvae.refine.graphs import CudaGraphs
+from separable_hvae.refine.execution.base import Eager, Execution
+from separable_hvae.refine.execution.compiled import Compiled
+from separable_hvae.refine.execution.cuda_graphs import CudaGraphs
 from separable_hvae.refine.history import History, Iterate
 from separable_hvae.refine.map_refiner import MAPRefiner
 from separable_hvae.refine.pieces import OneSubset, Outcome, Piece, Whole

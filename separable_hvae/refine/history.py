@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from separable_hvae.functional import finest
 from separable_hvae.refine.problem import Problem
-from separable_hvae.signals import finest
 
 
 @dataclass(frozen=True)

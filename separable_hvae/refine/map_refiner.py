@@ -6,15 +6,15 @@ from typing import Any, TypedDict
 from torch import Tensor
 from typing_extensions import Unpack, override
 
-from separable_hvae.data_terms import Loss, absolute_error
-from separable_hvae.objective import ByScale, by_scale
-from separable_hvae.refine.execution import Execution
-from separable_hvae.refine.named import named
+from separable_hvae._validation import instance_of
+from separable_hvae.data_terms.signal import Loss, absolute_error
+from separable_hvae.refine.by_scale import ByScale, by_scale, check_by_scale
+from separable_hvae.refine.execution.base import Execution
 from separable_hvae.refine.problem import Problem
-from separable_hvae.refine.refiner import Precision, Refiner, check_by_scale
+from separable_hvae.refine.refiner import Precision, Refiner
 from separable_hvae.refine.rules import RULES, Rule
-from separable_hvae.refine.run import Init
 from separable_hvae.refine.schedules import Latent, Schedule
+from separable_hvae.refine.state import Init
 
 
 class Options(TypedDict, total=False):
@@ -59,7 +59,7 @@ class MAPRefiner(Refiner):
         if step_size is not None:
             check_by_scale("step_size", step_size)
         self.step_size = step_size
-        self.rule = named("rule", rule, RULES, Rule)  # type: ignore[type-abstract]
+        self.rule = instance_of("rule", rule, RULES, Rule)  # type: ignore[type-abstract]
         if step_size is None and not (hasattr(self.rule, "default_step") and hasattr(self.rule, "default_joint_step")):
             raise ValueError(
                 f"{type(self.rule).__name__} has no default_step and default_joint_step: set them, or pass step_size"

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.latent import Entry
-from separable_hvae.objective import Objective
-from separable_hvae.subset import SubsetPass
+from separable_hvae.nn.stochastic_layer import Entry
+from separable_hvae.nn.subset import SubsetPass
+from separable_hvae.refine.objective import Objective
 
 
 class Outcome(NamedTuple):

@@ -16,8 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from separable_hvae.objective import Terms
-from separable_hvae.refine.execution import Eager, Execution
+from separable_hvae.refine.execution.base import Eager, Execution
+from separable_hvae.refine.objective import Terms
 from separable_hvae.refine.pieces import Call, Outcome, Piece
 
 Settle = Callable[["Problem", list[Tensor], int], list[Tensor]]

@@ -22,24 +22,33 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from separable_hvae.checks import check_callable, check_flag, check_generator, check_integer, check_number
-from separable_hvae.data_terms import DataTerm, Loss, Signal, check_loss
-from separable_hvae.hvae import HVAE, Result
-from separable_hvae.kept import Kept, kept_by
-from separable_hvae.objective import ByScale, by_scale
-from separable_hvae.precision import float32, full_precision
-from separable_hvae.refine.chunk import Chunk, Job, Reached, Watch
-from separable_hvae.refine.compiled import Compiled
-from separable_hvae.refine.execution import Eager, Execution
-from separable_hvae.refine.graphs import CudaGraphs
+from separable_hvae._contexts import eval_mode, refcounted
+from separable_hvae._fingerprint import Fingerprint, fingerprint
+from separable_hvae._float32 import float32, full_precision
+from separable_hvae._validation import (
+    check_callable,
+    check_flag,
+    check_generator,
+    check_integer,
+    check_number,
+    instance_of,
+)
+from separable_hvae.data_terms.base import DataTerm
+from separable_hvae.data_terms.signal import Loss, Signal, check_loss
+from separable_hvae.model.hvae import HVAE
+from separable_hvae.model.result import Result
+from separable_hvae.refine.acceptance import Chunk, Job, Reached, Watch
+from separable_hvae.refine.budget import Clock
+from separable_hvae.refine.by_scale import ByScale, by_scale, check_by_scale
+from separable_hvae.refine.execution.base import Eager, Execution
+from separable_hvae.refine.execution.compiled import Compiled
+from separable_hvae.refine.execution.cuda_graphs import CudaGraphs
 from separable_hvae.refine.history import Iterate, Recorder, Row
-from separable_hvae.refine.named import named
 from separable_hvae.refine.pieces import Call
 from separable_hvae.refine.problem import Problem
-from separable_hvae.refine.run import Init, Run
 from separable_hvae.refine.schedules import SCHEDULES, Schedule
-from separable_hvae.refine.stopping import Clock, Stopping
-from separable_hvae.shared import evaluating, shared
+from separable_hvae.refine.state import InferenceState, Init
+from separable_hvae.refine.stopping import Stopping
 
 Precision = Literal["bfloat16", "tf32"]
 EXECUTIONS: dict[str, type[Execution]] = {"eager": Eager, "compiled": Compiled, "cuda-graphs": CudaGraphs}
@@ -59,7 +68,7 @@ class Refiner(ABC):
         sample: Start from a draw instead of the mean.
         tolerance: A sample stops moving once three steps have not lowered the problem's objective by more
             than ``tolerance · (1 + |J|)``; ``None`` takes every step.
-        budget: Seconds that a call may take: fewer steps, shared among the problems, if they do not fit.
+        budget: Seconds that a call may take: fewer steps, refcounted among the problems, if they do not fit.
         batch_size: Samples at a time, to bound the memory; ``None`` takes all at once.
         execution: ``"eager"``, ``"compiled"``, ``"cuda-graphs"``, or an :class:`Execution`.
         precision: ``"bfloat16"`` or ``"tf32"`` runs the steps in less than float32, and starts and results in
@@ -106,8 +115,8 @@ class Refiner(ABC):
             raise ValueError(f"precision must be 'bfloat16', 'tf32' or None, got {precision!r}")
         self.steps, self.guidance, self.loss, self.init, self.sample = steps, guidance, loss, init, sample
         self.tolerance, self.budget, self.batch_size, self.precision = tolerance, budget, batch_size, precision
-        self.schedule = named("schedule", schedule, SCHEDULES, Schedule)  # type: ignore[type-abstract]
-        self.execution = named("execution", execution, EXECUTIONS, Execution)  # type: ignore[type-abstract]
+        self.schedule = instance_of("schedule", schedule, SCHEDULES, Schedule)  # type: ignore[type-abstract]
+        self.execution = instance_of("execution", execution, EXECUTIONS, Execution)  # type: ignore[type-abstract]
 
     @abstractmethod
     def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
@@ -186,7 +195,7 @@ class Refiner(ABC):
         def infer(tensors: Sequence[Tensor]) -> Reached:
             seen, term, init = chunk.on(pytree.tree_unflatten(list(tensors), structure))
             with torch.no_grad():
-                run = Run(job.model, seen, term, job.guidance, job.steps, init, self.sample, job.generator)
+                run = InferenceState(job.model, seen, term, job.guidance, job.steps, init, self.sample, job.generator)
                 rounding = self._rounding(run)
             taken = self._loop(run, watch) if any(job.steps.values()) else []
             with torch.no_grad():
@@ -200,13 +209,13 @@ class Refiner(ABC):
         reached: Reached = self.execution.inference(key, job.model, infer, tensors)
         return reached
 
-    def _settings(self) -> Kept:
+    def _settings(self) -> Fingerprint:
         """All settings, as a key; where it starts and how it runs aside."""
         bare = copy(self)
         bare.init, bare.execution = "posterior", Eager()
-        return kept_by(bare)
+        return fingerprint(bare)
 
-    def _loop(self, run: Run, watch: Watch) -> list[Row]:
+    def _loop(self, run: InferenceState, watch: Watch) -> list[Row]:
         """Solve the problems of the schedule, one after the other."""
         taken: list[Row] = []
         watch.clock.reserve()
@@ -261,7 +270,7 @@ class Refiner(ABC):
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return float32(device, "conv", tf32=True) if self.precision == "tf32" else nullcontext()
 
-    def _rounding(self, run: Run) -> Tensor | None:
+    def _rounding(self, run: InferenceState) -> Tensor | None:
         """What the reduced precision does to the objective at the start, relative to it: ``(B,)``."""
         if self.precision is None:
             return None
@@ -286,7 +295,7 @@ def _moved(refiner: Refiner, problem: Problem, state: Any) -> tuple[list[Tensor]
 def _evaluation(model: HVAE) -> Iterator[None]:
     """Evaluation mode with gradients of latents alone, whatever the caller's modes; each comes back."""
     model.require_autograd()
-    once = shared(("evaluation", id(model)), partial(_frozen, model))
+    once = refcounted(("evaluation", id(model)), partial(_frozen, model))
     with once, torch.inference_mode(False), torch.enable_grad():
         yield
 
@@ -297,7 +306,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     try:
         for p in trained:
             p.requires_grad_(False)
-        with evaluating(model):
+        with eval_mode(model):
             yield
     finally:
         for p in trained:
@@ -334,13 +343,3 @@ def _brief(value: object) -> str:
     if isinstance(value, (int, float, str, Sequence, Mapping)):
         return repr(value)
     return getattr(value, "__name__", type(value).__name__)
-
-
-def check_by_scale(name: str, value: ByScale) -> None:
-    """Check a setting's numbers as far as they can be checked without a model's scales."""
-    scales = (
-        list(value) if isinstance(value, Mapping) else list(range(len(value))) if isinstance(value, Sequence) else [1]
-    )
-    checked = by_scale(name, value, scales)
-    if name == "steps" and not all(isinstance(v, int) for v in checked.values()):
-        raise TypeError(f"steps must be integers, got {value!r}")

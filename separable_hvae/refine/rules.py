@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.checks import check_instance, check_number
+from separable_hvae._validation import check_instance, check_number
 from separable_hvae.refine.problem import Problem, dot, joined, parted, rows
 
 

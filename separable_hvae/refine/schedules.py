@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.checks import check_flag, check_integer, check_number
-from separable_hvae.refine.named import named
+from separable_hvae._validation import check_flag, check_integer, check_number, instance_of
+from separable_hvae.nn.subset import SubsetPass
 from separable_hvae.refine.pieces import OneSubset, Outcome
 from separable_hvae.refine.problem import Problem
-from separable_hvae.refine.run import Run
-from separable_hvae.subset import SubsetPass
+from separable_hvae.refine.state import InferenceState
 
 
 class Schedule(ABC):
@@ -36,11 +35,11 @@ class Schedule(ABC):
     """
 
     @abstractmethod
-    def problems(self, run: Run) -> Iterator[Problem]:
+    def problems(self, run: InferenceState) -> Iterator[Problem]:
         """Yield problems, coarse to fine."""
 
     @final
-    def solving(self, run: Run) -> Iterator[Problem]:
+    def solving(self, run: InferenceState) -> Iterator[Problem]:
         """The problems, for who takes their steps.
 
         Raises:
@@ -68,7 +67,7 @@ class Scale(Schedule):
         self.sweeps = check_integer("sweeps", sweeps, 1)
 
     @override
-    def problems(self, run: Run) -> Iterator[Problem]:
+    def problems(self, run: InferenceState) -> Iterator[Problem]:
         finer: list[Tensor | None] = [None] * len(run.model.subsets)
         for sweep in range(self.sweeps):
             shares = {scale: _share(n, sweep, self.sweeps) for scale, n in run.steps.items()}
@@ -79,7 +78,7 @@ class Scale(Schedule):
             run.follow(here)
             finer = [step.band for step in run.passes]
 
-    def _sweep(self, run: Run, steps: dict[int, int], finer: Sequence[Tensor | None]) -> Iterator[Problem]:
+    def _sweep(self, run: InferenceState, steps: dict[int, int], finer: Sequence[Tensor | None]) -> Iterator[Problem]:
         passes: list[SubsetPass] = []
         bands, context, first = list(finer), run.context, 0
         for i, subset in enumerate(run.model.subsets):
@@ -115,7 +114,7 @@ class Latent(Schedule):
         self.own_prior = own_prior
 
     @override
-    def problems(self, run: Run) -> Iterator[Problem]:
+    def problems(self, run: InferenceState) -> Iterator[Problem]:
         latents: list[Tensor] = []
         bands: list[Tensor | None] = [None] * len(run.model.subsets)
         context = run.context
@@ -163,7 +162,7 @@ class Parallel(Schedule):
         self.recentre = check_integer("recentre", recentre, 0)
 
     @override
-    def problems(self, run: Run) -> Iterator[Problem]:
+    def problems(self, run: InferenceState) -> Iterator[Problem]:
         steps, subsets = _one_number(run, "parallel"), run.model.subsets
         with torch.no_grad():
             bands = [step.band for step in run.start]
@@ -203,7 +202,7 @@ class Parallel(Schedule):
         run.reach(problem.latents)
 
     @staticmethod
-    def _centres(run: Run, inflows: list[list[Tensor]], evidence: Sequence[Any]) -> list[Tensor] | None:
+    def _centres(run: InferenceState, inflows: list[list[Tensor]], evidence: Sequence[Any]) -> list[Tensor] | None:
         """What the encoder says of each latent under the contexts that flow into the layers."""
         if run.init != "posterior":
             return None
@@ -222,7 +221,7 @@ class Joint(Schedule):
     """
 
     @override
-    def problems(self, run: Run) -> Iterator[Problem]:
+    def problems(self, run: InferenceState) -> Iterator[Problem]:
         problem = Problem(
             run.start_latents,
             run.model.layer_scales,
@@ -248,14 +247,14 @@ class Chain(Schedule):
         for _, share in parts:
             check_number("share of the steps", share, "positive and finite")
         # type-abstract: mypy wants a class that can be built, where only isinstance is asked of it.
-        self.schedules = [named("schedule", s, SCHEDULES, Schedule) for s, _ in parts]  # type: ignore[type-abstract]
+        self.schedules = [instance_of("schedule", s, SCHEDULES, Schedule) for s, _ in parts]  # type: ignore[type-abstract]
         total = sum(share for _, share in parts)
         self.ends = [0.0]
         for _, share in parts:
             self.ends.append(self.ends[-1] + share / total)
 
     @override
-    def problems(self, run: Run) -> Iterator[Problem]:
+    def problems(self, run: InferenceState) -> Iterator[Problem]:
         for schedule, (begin, end) in zip(self.schedules, pairwise(self.ends), strict=True):
             steps = {scale: round(n * end) - round(n * begin) for scale, n in run.steps.items()}
             if any(steps.values()):
@@ -271,7 +270,7 @@ def _share(steps: int, sweep: int, sweeps: int) -> int:
     return steps * (sweep + 1) // sweeps - steps * sweep // sweeps
 
 
-def _one_number(run: Run, schedule: str) -> int:
+def _one_number(run: InferenceState, schedule: str) -> int:
     """The number of steps of a schedule that moves every latent in each step."""
     if len(numbers := set(run.steps.values())) > 1:
         raise ValueError(

@@ -1,0 +1,128 @@
+r"""One stochastic layer of the top-down hierarchy.
+
+    p(z_l | z_<l)    = N(μ_p(ĥ_l), σ_p(ĥ_l)²)              prior, eq. 2
+    q(z_l | x, z_<l) = N(μ_q(ĥ_l, e, r), σ_q(ĥ_l, e, r)²)  posterior in the same order, eq. 3
+    ĥ_{l+1} = r(ĥ_l + f_p(ĥ_l) + W z_l)                    injection and residual block
+
+ĥ is the context, e the encoder's activation at the layer's scale, and r what the head would not yet say of
+the target band. Log-sigmas are bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities stay finite
+whatever the networks emit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from separable_hvae.distributions.gaussian import Gaussian
+from separable_hvae.functional import resample
+from separable_hvae.nn.blocks import Bottleneck, ResidualBlock, conv
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """What one layer did.
+
+    Attributes:
+        context: Its outgoing context.
+        z: Its latents.
+        raw: What its prior network says, see :meth:`Gaussian.from_raw`.
+        posterior: The posterior, where it was asked for.
+    """
+
+    context: Tensor
+    z: Tensor
+    raw: Tensor
+    posterior: Gaussian | None
+
+    @property
+    def prior(self) -> Gaussian:
+        """The prior of the latents."""
+        return Gaussian.from_raw(self.raw)
+
+
+class Entry(NamedTuple):
+    """What a layer makes of its context alone.
+
+    Attributes:
+        raw: What its prior network says of its latents, ``(B, 2·latent_channels, *grid)``.
+        context: The context and the prior's features, ``ĥ + f_p(ĥ)``: ``(B, width, *grid)``.
+    """
+
+    raw: Tensor
+    context: Tensor
+
+
+class StochasticLayer(nn.Module):
+    """Prior, posterior and injection of one layer's latents ``(B, latent_channels, *grid)``.
+
+    Args:
+        grid: Points on each axis of the layer's latents.
+        width: Channels of the context.
+        hidden: Channels of the bottlenecks.
+        latent_channels: Channels of the latents.
+        gain: Factor on the last convolution of the residual branches, ``1/√L``.
+        pictures: Channels of the picture of what is missing of a band; 0 where the posterior does not see it.
+    """
+
+    def __init__(
+        self,
+        grid: Sequence[int],
+        width: int,
+        hidden: int,
+        latent_channels: int,
+        *,
+        gain: float,
+        pictures: int = 0,
+    ) -> None:
+        super().__init__()
+        self.grid = tuple(grid)
+        self.latent_channels = latent_channels
+        self.prior = Bottleneck(width, hidden, width + 2 * latent_channels, grid, gain=0.0)
+        self.posterior = Bottleneck(2 * width, hidden, 2 * latent_channels, grid, gain=gain)
+        self.look = conv(pictures, width, grid, gain=gain) if pictures else None
+        self.inject = conv(latent_channels, width, grid, pointwise=True, gain=gain)
+        self.block = ResidualBlock(width, hidden, grid, gain=gain)
+
+    def guess(self, context: Tensor, evidence: Tensor, missing: Tensor | None = None) -> Gaussian:
+        """The posterior.
+
+        Args:
+            context: Context ``(B, width, *any grid)``.
+            evidence: The encoder's activation ``(B, width, *grid)``.
+            missing: Picture of what is missing of the target band ``(B, pictures, *grid)``.
+        """
+        if self.look is not None and missing is not None:
+            evidence = evidence + self.look(missing)
+        return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))
+
+    def enter(self, context: Tensor) -> Entry:
+        """What the layer makes of a context ``(B, width, *any grid)`` alone, whatever its latents."""
+        context = resample(context, self.grid)
+        raw = self.prior(context)
+        return Entry(raw[:, : 2 * self.latent_channels], context + raw[:, 2 * self.latent_channels :])
+
+    @override
+    def forward(
+        self,
+        context: Tensor,
+        z: Tensor | None = None,
+        posterior: Gaussian | None = None,
+        *,
+        entry: Entry | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> LayerPass:
+        """Run the layer on a context ``(B, width, *any grid)``.
+
+        ``z`` given is used as it is; otherwise it is drawn from the posterior where there is one, else from the
+        prior. ``entry`` spares the layer what :meth:`enter` does.
+        """
+        entry = entry or self.enter(context)
+        if z is None:
+            z = (posterior or Gaussian.from_raw(entry.raw)).sample(temperature, generator)
+        outgoing = self.block(entry.context + self.inject(z.to(entry.context.dtype)))
+        return LayerPass(outgoing, z, entry.raw, posterior)

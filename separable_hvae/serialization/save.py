@@ -1,0 +1,352 @@
+r"""Saving and sharing models.
+
+    model  ⇄  (class names, arguments, {name: tensor})  ⇄  a sealed folder
+
+Nothing that a file says is executed: there is no pickle, and a class that is not the library's own
+comes from the caller, or from an import path that the caller agreed to follow.
+"""
+
+import importlib
+import inspect
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from separable_hvae._validation import check_flag, plain
+from separable_hvae._version import __version__
+from separable_hvae.decompositions import DECOMPOSITIONS, Decomposition
+from separable_hvae.nn.heads import HEADS, ScaleHead
+from separable_hvae.serialization import model_folder
+
+_KEYS = {"version": str, "model": str, "decomposition": dict, "scales": list, "options": dict, "dtype": str}
+_DECOMPOSITION_KEYS = {"class": str, "arguments": dict}
+_CASTS = {"float64": "double", "float32": "float", "bfloat16": "bfloat16", "float16": "half"}
+_HEADS: dict[str, type[ScaleHead]] = {c.__name__: c for c in HEADS.values()}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Pretrained(nn.Module):
+    """A model that is saved to a folder, loaded from one and shared on a hub."""
+
+    decomp: Decomposition
+    start: nn.Parameter
+    config: dict[str, Any]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.
+
+        A model that is there already is replaced, all at once; a ``README.md`` is left as it is. Where
+        several processes train, one of them saves.
+
+        Args:
+            folder: Where to write; made if it is missing.
+
+        Raises:
+            TypeError: If something cannot be saved: what a decomposition of your own was built with
+                (see :meth:`Decomposition.config`), an option of a subclass that is not in its ``config``,
+                or state that is no tensor of a usual dtype.
+            ValueError: If ``folder`` is a file.
+        """
+        if _path("folder", folder).is_file():
+            raise ValueError(f"folder must be a folder, got the file {folder}")
+        kind, arguments = _kind(self), plain("config() of the decomposition", self.decomp.config())
+        try:
+            _rebuilt(kind, arguments)
+        except Exception as error:
+            raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
+        _check_options(self)
+        settings = {"version": __version__, **description(self, arguments)}
+        model_folder.write(Path(folder), settings, _state(self)[0], self._card())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        classes: Sequence[type[nn.Module]] = (),
+        trust_import_paths: bool = False,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+    ) -> Self:
+        """Load what :meth:`save_pretrained` wrote, in eval mode.
+
+        Args:
+            source: A folder, or the id ``"owner/name"`` of a model on the Hugging Face hub.
+            classes: Decompositions and heads of your own that the model is made of.
+            trust_import_paths: Whether to import classes of your own from the modules that the file
+                names. Importing a module runs it: only for files whose origin you trust.
+            device: Where the model goes.
+            revision: Branch, tag or commit on the hub.
+
+        Raises:
+            TypeError: If ``classes`` holds anything but decompositions and heads, or another argument has
+                the wrong type.
+            ValueError: If a file is missing, truncated, altered or of a newer format, or does not fit
+                the model, a class is unknown, or there is no such device; the message names the file and
+                the reason.
+            ImportError: If ``source`` is a hub id and the extra ``hub`` is not installed.
+        """
+        check_flag("trust_import_paths", trust_import_paths)
+        _check_device(device)
+        if not isinstance(classes, Sequence):
+            raise TypeError(f"classes must be a sequence of classes, got {classes!r}")
+        for c in classes:
+            if not (isinstance(c, type) and issubclass(c, (Decomposition, ScaleHead))):
+                raise TypeError(f"classes must hold Decomposition and ScaleHead subclasses, got {c!r}")
+        folder = _folder(source, revision)
+        settings, tensors = model_folder.read(folder)
+        # Parameters made in inference mode could not be trained; loading is no draw of random numbers.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            try:
+                model = cls._build(settings, classes, trust_import_paths)
+            except Exception as error:
+                raise ValueError(
+                    f"{folder / model_folder.CONFIG} does not describe a {cls.__name__}: {error}"
+                ) from error
+            try:
+                _restore(model, tensors)
+            except ValueError as error:
+                raise ValueError(f"{folder / model_folder.WEIGHTS} does not fit the model: {error}") from error
+        return model.to(device).eval()
+
+    @classmethod
+    def _build(cls, settings: dict[str, Any], classes: Sequence[type[nn.Module]], trust: bool) -> Self:
+        """The model that a configuration describes, untrained."""
+        _check_keys("", settings, _KEYS)
+        _check_keys("decomposition.", settings["decomposition"], _DECOMPOSITION_KEYS)
+        if settings["model"] != cls.__name__:
+            raise ValueError(f"its model is {settings['model']!r}")
+        if settings["dtype"] not in _CASTS:
+            raise ValueError(f"dtype must be one of {sorted(_CASTS)}, got {settings['dtype']!r}")
+        options, described = dict(settings["options"]), settings["decomposition"]
+        kind = _class(Decomposition, described["class"], DECOMPOSITIONS, classes, trust)  # type: ignore[type-abstract]
+        if isinstance(options.get("head"), str) and options["head"] not in HEADS:
+            options["head"] = _class(ScaleHead, options["head"], _HEADS, classes, trust)
+        model = cls(_rebuilt(kind, described["arguments"]), scales=settings["scales"], **options)
+        if missing := sorted(set(model.config) - set(options)):
+            raise ValueError(f"options {missing} are missing")
+        if settings["dtype"] != _dtype(model):
+            getattr(model, _CASTS[settings["dtype"]])()
+        return model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Upload the model to the Hugging Face hub; a model card that is there already is kept.
+
+        Args:
+            repo_id: Repository ``"owner/name"``, made if it is missing.
+            private: Whether a new repository is private; ``None`` takes the owner's default.
+            token: Access token; ``None`` takes the one of the login.
+            branch: Branch to upload to, made if it is missing; ``None`` is the main one.
+            commit_message: Message of the commit, whose address is returned.
+
+        Raises:
+            ImportError: If the extra ``hub`` is not installed.
+        """
+        api = _hub("push_to_hub").HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        kept = [model_folder.CARD] if api.file_exists(repo_id, model_folder.CARD, revision=branch) else []
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            what = {"folder_path": folder, "ignore_patterns": kept, "commit_message": commit_message}
+            return str(api.upload_folder(repo_id=repo_id, revision=branch, **what))
+
+    def _card(self) -> str:
+        """A short model card; its author adds what the library cannot know."""
+        name, bands = type(self).__name__, _kind(self).__name__
+        return f"""---
+library_name: separable-hvae
+tags: [hierarchical-vae, variational-autoencoder]
+---
+
+# {name} over {bands}
+
+A hierarchical VAE whose decoder is a sum of linear pieces: `{bands}({self.decomp.extra_repr()})`.
+
+```python
+from separable_hvae import HVAE
+
+model = HVAE.from_pretrained(".")  # this folder, or its id on the hub
+```
+
+To be described by its author: training data, range of the signals, intended use, limits.
+"""
+
+
+def description(model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a model is, as JSON holds it.
+
+    Args:
+        model: The model.
+        arguments: What its decomposition was built with.
+    """
+    options = dict(model.config)
+    if isinstance(options["head"], type):
+        options["head"] = _name(options["head"], _HEADS)
+    return {
+        "model": type(model).__name__,
+        "decomposition": {"class": _name(_kind(model), DECOMPOSITIONS), "arguments": arguments},
+        "scales": list(model.decomp.scales),
+        "options": plain("config of the model", options),
+        "dtype": _dtype(model),
+    }
+
+
+def _kind(model: Pretrained) -> type[Decomposition]:
+    """The class of a model's decomposition, without what PyTorch makes of it where its tensors are parametrized."""
+    return cast(type[Decomposition], type_before_parametrizations(model.decomp))
+
+
+def _name(kind: type, own: Mapping[str, type]) -> str:
+    """What a configuration calls a class: its name if it is the library's own, else its import path."""
+    return kind.__name__ if own.get(kind.__name__) is kind else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _class(
+    base: type[M], name: str, own: Mapping[str, type[M]], classes: Sequence[type[nn.Module]], trust: bool
+) -> type[M]:
+    """The class that a configuration names."""
+    if name in own:
+        return own[name]
+    if ":" not in name:
+        raise ValueError(f"{name!r} is no {base.__name__} of this library, which has {sorted(own)}")
+    short = re.split("[:.]", name)[-1]
+    fitting = [c for c in dict.fromkeys(classes) if issubclass(c, base) and c.__name__ == short]
+    fitting = [c for c in fitting if _name(c, own) == name] or fitting
+    if len(fitting) > 1:
+        raise ValueError(f"{name!r} may be any of {fitting} in classes")
+    if fitting:
+        return fitting[0]
+    if not trust:
+        raise ValueError(
+            f"{name!r} is no class of this library: pass it as classes=[{short}], or agree to import it with "
+            "trust_import_paths=True"
+        )
+    module, _, path = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{name!r} is no {base.__name__}")
+    return found
+
+
+def _rebuilt(kind: type[Decomposition], arguments: dict[str, Any]) -> Decomposition:
+    with torch.random.fork_rng(devices=[]):
+        decomp = kind(**arguments)
+    if (now := plain("config()", decomp.config())) != arguments:
+        raise ValueError(f"built with {arguments}, its config() gives {now}")
+    return decomp
+
+
+def _check_options(model: Pretrained) -> None:
+    """Raise a ``TypeError`` unless ``config`` holds every option of the model's constructor, and nothing else."""
+    kind, signature = type(model).__name__, inspect.signature(type(model))
+    try:
+        given = signature.bind(model.decomp, scales=model.decomp.scales, **model.config).arguments
+    except TypeError as error:
+        raise TypeError(f"{kind} cannot be built again from its decomposition, scales and config: {error}") from error
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if missing := [n for n, p in signature.parameters.items() if n not in given and p.kind not in open_ended]:
+        raise TypeError(f"{kind} takes {missing}, which its config lacks: set self.config[{missing[0]!r}] in __init__")
+
+
+def _check_keys(place: str, values: dict[str, Any], kinds: Mapping[str, type]) -> None:
+    if missing := [place + k for k in kinds if k not in values]:
+        raise ValueError(f"keys {missing} are missing")
+    if unknown := [place + k for k in values if k not in kinds]:
+        raise ValueError(f"keys {unknown} are unknown")
+    for k, kind in kinds.items():
+        if type(values[k]) is not kind:
+            raise ValueError(f"{place + k} must be of type {kind.__name__}, got {values[k]!r}")
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a model once, under its first name, and for each of its names the first."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}: only tensors can be saved")
+        names[name] = first.setdefault(id(tensor), name)
+        tensors.setdefault(names[name], tensor)
+    return tensors, names
+
+
+def _restore(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Copy stored tensors into a model; tensors with several names stay shared."""
+    tensors, names = _state(model)
+    if missing := sorted(set(tensors) - set(stored)):
+        raise ValueError(f"tensors {missing} are missing")
+    if unknown := sorted(set(stored) - set(tensors)):
+        raise ValueError(f"tensors {unknown} are unexpected")
+    for name, tensor in tensors.items():
+        given = stored[name]
+        if given.shape != tensor.shape:
+            raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(given.shape)}")
+        if given.dtype != tensor.dtype:
+            if not (given.is_floating_point() and tensor.is_floating_point()):
+                raise ValueError(f"{name} must be {tensor.dtype}, got {given.dtype}")
+            # This part of the model had been cast on its own.
+            tensor.data = tensor.data.to(given.dtype)
+    model.load_state_dict({name: stored[first] for name, first in names.items()})
+
+
+def _path(name: str, given: object) -> Path:
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {given!r}")
+    return Path(given)
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch has on this machine, got {device!r}: {reason}") from error
+
+
+def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
+    folder = _path("source", source)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise ValueError(f"{source} is neither a folder nor an id 'owner/name' of a model on the hub")
+    hub = _hub(f"{source!r} is no folder here, and loading it from the hub")
+    try:
+        return Path(
+            hub.snapshot_download(source, revision=revision, allow_patterns=[model_folder.CONFIG, model_folder.WEIGHTS])
+        )
+    except Exception as error:
+        error.add_note(f"{source!r} is no folder here, so it was looked up on the hub.")
+        raise
+
+
+def _hub(purpose: str) -> ModuleType:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(f'{purpose} needs the extra "hub": pip install "separable-hvae[hub]"') from error
+
+
+def _dtype(model: Pretrained) -> str:
+    return str(model.start.dtype).removeprefix("torch.")

@@ -1,0 +1,94 @@
+"""What a training run says while it runs: records, a file of them, a callback and a progress bar."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from separable_hvae.training.evaluation import evaluate
+from separable_hvae.training.optimization import StepOutput, Trainer
+from separable_hvae.training.options import TrainingOptions
+
+
+class JsonlLog:
+    """Append records to a file.
+
+    A run that goes on from a checkpoint repeats the steps since then, so their records, and a line that
+    was cut off, are taken out of the file first.
+
+    Args:
+        path: The file; it and its folder are made if they are missing.
+        step: The step that the run goes on from; ``None`` for a new run, which appends to whatever is there.
+
+    Raises:
+        ValueError: If the file of a run that goes on holds anything but records.
+    """
+
+    def __init__(self, path: Path, step: int | None) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if step is not None and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and self._step(line) <= step]
+            if kept != lines:
+                partial = path.with_name(path.name + ".partial")
+                partial.write_text("".join(kept), encoding="utf-8")
+                partial.replace(path)
+
+    def _step(self, line: str) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is no log of a training run: {error!r} in {line[:60]!r}") from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, which names its ``step``."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class TrainingLog:
+    """Keep the records of a run, on its main process.
+
+    Args:
+        options: Of the run.
+        learner: What runs.
+        log: File of the records.
+        bar: Progress bar, as tqdm makes them.
+
+    Attributes:
+        records: One dictionary for each logged step or held-out evaluation.
+        enough: Whether the callback has asked the run to end.
+    """
+
+    def __init__(self, options: TrainingOptions, learner: Trainer, log: JsonlLog | None, bar: Any) -> None:
+        self.options, self.learner, self.log, self.bar = options, learner, log, bar
+        self.records: list[dict[str, Any]] = []
+        self.enough = False
+        self._last = (learner.state.step, options.clock())
+
+    def note(self, done: StepOutput) -> None:
+        """Say what there is to say after a step."""
+        options, step = self.options, self.learner.state.step
+        self.bar.update()
+        if not self.learner.accelerator.is_main_process or not options.is_due(step, options.every):
+            return
+        speed, skipped = self._signals_per_second(len(done.x)), self.learner.state.skipped
+        entry = done.record(self.learner.model)
+        self._write({"step": step, **entry, "signals_per_second": speed, "skipped": skipped})
+        self.bar.set_postfix(loss=f"{entry['loss']:.3f}", kl=f"{entry['loss'] - entry['data']:.3f}")
+        if options.heldout is not None and options.is_due(step, 10 * options.every):
+            held = evaluate(self.learner.average, options.heldout, batch_size=options.batch_size, seed=options.seed)
+            self._write({"step": step, **{f"heldout_{k}": v for k, v in held.items()}})
+
+    def _signals_per_second(self, batch: int) -> float:
+        (before, then), now = self._last, (self.learner.state.step, self.options.clock())
+        self._last = now
+        signals = (now[0] - before) * batch * int(self.learner.accelerator.num_processes)
+        return signals / (now[1] - then) if now[1] > then else 0.0  # A coarse clock may stand still.
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self.log is not None:
+            self.log.write(record)
+        if self.options.callback is not None:
+            self.enough |= bool(self.options.callback(record, self.learner.average))
