@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
@@ -48,7 +47,6 @@ def run(
 ) -> dict[str, Any]:
     """Train one model for ``seconds`` of CPU time and measure it."""
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="scale .* latents for the")
     train, held_out = load(dataset, folder)
     torch.manual_seed(seed)
     decomp = DECOMPOSITIONS[name](train.shape[-1], channels=train.shape[1])

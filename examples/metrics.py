@@ -52,7 +52,7 @@ def importance_bound(model: HVAE, x: Tensor, samples: int, generator: torch.Gene
     seen = model.observe(x)
     weights: list[Tensor] = []
     for _ in range(samples):
-        passes = model.top_down([None] * model.depth, len(x), seen, generator=generator)
+        passes = model.decoder([None] * model.depth, len(x), seen, generator=generator)
         result = model.result(passes, x.dtype, seen.x)
         posteriors = [q for step in passes for q in step.posteriors if q is not None]
         log_q = torch.stack([q.log_prob(z) for q, z in zip(posteriors, result.latents, strict=True)]).sum(0)

@@ -108,7 +108,7 @@ def pnp_hvae(model: HVAE, problem: Measurement, temperature: float, steps: int =
         for i, subset in enumerate(model.subsets):
             latents: list[Tensor] = []
             flow = context
-            evidence = model.evidence(i, seen, bands)
+            evidence = model.decoder.evidence(i, seen, bands)
             for m, layer in enumerate(subset.layers):
                 q = subset.posterior(m, flow, evidence)
                 p = layer(flow, q.mean).prior

@@ -14,7 +14,6 @@ Writes depth.json and depth.png.
 import argparse
 import json
 import statistics
-import warnings
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -158,7 +157,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="threads that share the scales of a step; those of --threads")
     parser.add_argument("--out", type=Path, default=Path("runs/depth"))
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", message="scale .* latents for the")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)

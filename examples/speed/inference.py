@@ -12,7 +12,6 @@ before it is timed; what that took is reported too. Writes inference.json and in
 import argparse
 import json
 import statistics
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/inference"))
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", message="scale .* latents for the")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from separable_hvae._float32 import full_precision
 from separable_hvae.decompositions.base import Decomposition
-from separable_hvae.model.hvae import HVAE, Observation
+from separable_hvae.model.hvae import HVAE
+from separable_hvae.nn.decoder import Observation
 
 
 class Misfit(ABC):

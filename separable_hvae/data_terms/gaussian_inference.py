@@ -17,12 +17,12 @@ _DRAWS = 16
 
 def mean_bands(model: HVAE) -> list[Tensor]:
     """The mean of each band, ``(1, *band_shape)``; zeros before the model is calibrated."""
-    return [subset.centre.detach()[None].to(model.precision) for subset in model.subsets]
+    return [subset.centre.detach()[None].to(model.real_dtype) for subset in model.subsets]
 
 
 def variances(model: HVAE) -> Tensor:
     """The variance of each band, ``(bands,)``; one before the model is calibrated."""
-    return torch.stack([subset.unit.detach() for subset in model.subsets]).to(model.precision).square()
+    return torch.stack([subset.unit.detach() for subset in model.subsets]).to(model.real_dtype).square()
 
 
 def covariance(model: HVAE, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def draws(model: HVAE, n: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [subset.centre.shape for subset in model.subsets]
     noise = [[torch.randn(s, generator=generator, device="cpu", dtype=torch.float64) for s in shapes] for _ in range(n)]
-    bands = [torch.stack(band).to(model.device, model.precision) for band in zip(*noise, strict=True)]
+    bands = [torch.stack(band).to(model.device, model.real_dtype) for band in zip(*noise, strict=True)]
     return [v.sqrt() * band for v, band in zip(variances(model), bands, strict=True)]
 
 

@@ -22,7 +22,8 @@ from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit
 from separable_hvae.data_terms.gaussian_inference import mean_bands, standard
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import check_finite
-from separable_hvae.model.hvae import HVAE, Observation
+from separable_hvae.model.hvae import HVAE
+from separable_hvae.nn.decoder import Observation
 
 
 class KnownBands(DataTerm):
@@ -148,7 +149,7 @@ class KnownBands(DataTerm):
             elif band.device != model.device:
                 raise ValueError(f"the band at scale {scale} is on {band.device}, the model on {model.device}")
             # Values that are not known may be anything, NaN too.
-            band = torch.where(mask, band, 0).to(model.precision)
+            band = torch.where(mask, band, 0).to(model.real_dtype)
             check_finite(f"what is known of the band at scale {scale}", band)
             read.append((band.detach(), mask))
         return [band for band, _ in read], [mask for _, mask in read]

@@ -42,7 +42,8 @@ from separable_hvae.data_terms.physics import Physics, noise_of
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.noise import GaussianNoise, Noise
 from separable_hvae.functional import check_finite
-from separable_hvae.model.hvae import HVAE, Observation
+from separable_hvae.model.hvae import HVAE
+from separable_hvae.nn.decoder import Observation
 
 Fill = Literal["bands", "mean"]
 FILLS: dict[Fill, Callable[[HVAE, Tensor], Tensor]] = {"bands": covariance, "mean": white}
@@ -213,7 +214,7 @@ class Measurement(DataTerm):
         for name, tensor in {"y": self.y, **{f"given[{i}]": t for i, t in enumerate(self.given)}}.items():
             if tensor.device != model.device:
                 raise ValueError(f"{name} is on {tensor.device}, the model on {model.device}")
-        wanted = model.precision
+        wanted = model.real_dtype
 
         def cast(t: Tensor) -> Tensor:
             # Tensors from inference mode could not be used with autograd.

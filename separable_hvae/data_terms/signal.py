@@ -16,7 +16,8 @@ from separable_hvae._validation import check_instance
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit, piece
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import pack
-from separable_hvae.model.hvae import HVAE, Observation
+from separable_hvae.model.hvae import HVAE
+from separable_hvae.nn.decoder import Observation
 
 LossName = Literal["l1", "l2"]
 
@@ -80,7 +81,7 @@ class Signal(DataTerm):
 
         def aims(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
             x, sigma = data
-            target = model.left(index, x, [band for band in bands[:index] if band is not None])
+            target = model.decoder.target_of(index, x, [band for band in bands[:index] if band is not None])
             return [pack(piece(model.decomp, index, target)), sigma]
 
         return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x, sigma], aims, pure=True)

@@ -10,7 +10,6 @@ and the bands have as many entries as the signal has real degrees of freedom.
 """
 
 import copy
-import inspect
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -29,9 +28,9 @@ from separable_hvae._validation import (
     check_flag,
     check_instance,
     check_number,
+    constructor_arguments,
     is_integer,
     listed,
-    plain,
     shown,
 )
 from separable_hvae.decompositions.laws import LawReport, measure_laws, wrong_bands
@@ -349,17 +348,7 @@ class Decomposition(_Ready, ABC):
         Raises:
             TypeError: If an attribute is missing or JSON cannot hold it.
         """
-        kind, arguments = type(self).__name__, {}
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise TypeError(f"{kind} cannot tell what its argument {parameter} was: override its config()")
-            if not hasattr(self, name):
-                raise TypeError(f"{kind} has no attribute {name!r} for its argument: set it, or override its config()")
-            try:
-                arguments[name] = plain(f"{kind}.{name}", getattr(self, name))
-            except TypeError as error:
-                raise TypeError(f"{error}: override its config()") from error
-        return arguments
+        return constructor_arguments(self)
 
     def check(self, *, tolerance: float | None = None, dtype: torch.dtype = torch.float64) -> LawReport:
         """Measure every law on random signals and bands.

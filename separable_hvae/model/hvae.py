@@ -11,10 +11,9 @@ encoder pass, else "from the prior".
 """
 
 import math
-import warnings
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+from copy import deepcopy
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -29,43 +28,24 @@ from separable_hvae._validation import (
     check_number,
     is_integer,
     is_number,
-    listed,
     shown,
 )
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import check_finite, pack, widen
 from separable_hvae.model.latents import complete, require_all
 from separable_hvae.model.result import Result
-from separable_hvae.model.standardization import BandMoments, moments_of, units, warn_of_sigma
-from separable_hvae.nn.encoder import Encoder
-from separable_hvae.nn.heads import HEADS, ScaleHead
-from separable_hvae.nn.subset import Evidence, Subset, SubsetPass
-from separable_hvae.serialization.save import Pretrained
-
-__all__ = ["HVAE", "Observation", "Result"]
+from separable_hvae.model.standardization import Standardization, moments_of, warn_of_sigma
+from separable_hvae.nn import Condition, Encoder, Observation, ScaleHead, Subset, SubsetCondition, SubsetPass, TopDown
+from separable_hvae.nn.conditions import check_absent, check_condition
+from separable_hvae.nn.decoder import layer_counts
+from separable_hvae.nn.heads import head_class
+from separable_hvae.serialization import load, push, save
 
 _SIGMA_RANGE = (1e-4, 1e2)
 _LOG_SIGMA_RANGE = (math.log(_SIGMA_RANGE[0]), math.log(_SIGMA_RANGE[1]))
-_WARM_UP_BATCHES = 16
 
 
-@dataclass(frozen=True)
-class Observation:
-    """Signals as an encoder pass sees them.
-
-    Attributes:
-        x: Signals in the model's precision.
-        activations: The encoder's activation for each scale.
-        targets: The target band of each subset where bands are orthonormal; otherwise targets follow
-            from the coarser bands during the pass, and this is ``None``.
-    """
-
-    x: Tensor
-    activations: dict[int, Tensor]
-    targets: list[Tensor] | None
-
-
-class HVAE(Pretrained, nn.Module):
+class HVAE(nn.Module):
     """Top-down hierarchical VAE with a linearly separable decoder.
 
     Args:
@@ -80,6 +60,8 @@ class HVAE(Pretrained, nn.Module):
             :class:`ScaleHead` subclass.
         sigma: Standard deviation of the likelihood in the data's units, from 1e-4 to 100, or ``"learned"``.
         band_input: Whether posteriors see what is missing of their target band (the paper: ``False``).
+        condition: What priors and posteriors see beside their context, such as ``ClassCondition(10)``; the model
+            keeps a copy. ``None`` is a model without conditions.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -88,14 +70,6 @@ class HVAE(Pretrained, nn.Module):
     """
 
     log_sigma: Tensor
-    calibrated: Tensor
-    magnitude: Tensor
-    """Root mean square of the data that the model was calibrated with: a scalar.
-
-    The encoder sees signals in this unit where it exceeds one: it learns badly from large numbers, and
-    well from small ones.
-    """
-    subsets: Sequence[Subset]
 
     def __init__(
         self,
@@ -110,6 +84,7 @@ class HVAE(Pretrained, nn.Module):
         head: str | type[ScaleHead] = "grid",
         sigma: float | Literal["learned"] = 0.1,
         band_input: bool = True,
+        condition: Condition | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(decomp, Decomposition):
@@ -119,45 +94,22 @@ class HVAE(Pretrained, nn.Module):
         latent_channels = check_integer("latent_channels", latent_channels, 1)
         blocks = check_integer("blocks", blocks, 0)
         check_flag("band_input", band_input)
-        counts = self._layers_by_scale(layers)
+        check_condition(condition)
+        counts = layer_counts(layers, self.scales)
         self.depth = sum(counts)
         gain = 1 / math.sqrt(self.depth)
-        self.encoder = Encoder(
-            self.decomp.real_channels,
-            width,
-            bottleneck,
-            [self.decomp.grid(s) for s in self.scales],
-            blocks,
-            gain=gain,
+        sizes = {"width": width, "bottleneck": bottleneck, "blocks": blocks}
+        grids = [self.decomp.grid(s) for s in self.scales]
+        self.encoder = Encoder(self.decomp.real_channels, width, bottleneck, grids, blocks, gain=gain)
+        self.decoder = TopDown(
+            self.decomp, counts, head_class(head), latent_channels=latent_channels, band_input=band_input, **sizes
         )
-        self.start = nn.Parameter(torch.zeros(1, width, *self.decomp.grid(self.scales[0])))
-        self.decomp.to(self.start.device)
-        make_head = _head_class(head)
-        subsets: list[Subset] = []
-        pending: dict[int, int] = {}
-        for scale, count in zip(self.scales, counts, strict=True):
-            pending[scale] = count
-            if scale in self.decomp.band_shapes:
-                subsets.append(
-                    Subset(
-                        self.decomp,
-                        pending,
-                        make_head,
-                        width=width,
-                        bottleneck=bottleneck,
-                        latent_channels=latent_channels,
-                        blocks=blocks,
-                        band_input=band_input,
-                        gain=gain,
-                    )
-                )
-                self._warn_of_few_latents(pending, latent_channels)
-                pending = {}
-        self.subsets = cast(Sequence[Subset], nn.ModuleList(subsets))
+        self.condition = deepcopy(condition)
+        if self.condition is not None:
+            self.condition.build(self.decomp, gain=gain, **sizes)
+            self.condition.build_unknown(self.decomp, width)
+        self.standardization = Standardization()
         sigma = self._set_sigma(sigma)
-        self._moments: list[BandMoments] | None = None
-        self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("magnitude", torch.ones(()))
         self.config: dict[str, Any] = {
             "layers": counts[0] if is_integer(layers) else counts,
             "width": width,
@@ -167,29 +119,8 @@ class HVAE(Pretrained, nn.Module):
             "head": head,
             "sigma": sigma,
             "band_input": band_input,
+            "condition": condition,
         }
-
-    def _layers_by_scale(self, layers: int | Sequence[int]) -> list[int]:
-        layers = cast("int | Sequence[int]", listed(layers))
-        if isinstance(layers, str) or not isinstance(layers, (Integral, Sequence)):
-            raise TypeError(f"layers must be an integer or one for each scale, got {shown(layers)}")
-        counts = list(layers) if isinstance(layers, Sequence) else [layers] * len(self.scales)
-        if len(counts) != len(self.scales):
-            raise ValueError(
-                f"layers must be one number or one for each of the {len(self.scales)} scales, got {len(counts)}"
-            )
-        return [check_integer("layers", count, 1) for count in counts]
-
-    def _warn_of_few_latents(self, layers: dict[int, int], channels: int) -> None:
-        scale = max(layers)
-        latents = sum(count * channels * math.prod(self.decomp.grid(s)) for s, count in layers.items())
-        coefficients = math.prod(self.decomp.band_shapes[scale])
-        if latents < coefficients:
-            warnings.warn(
-                f"scale {scale} has {latents} latents for the {coefficients} coefficients of its band: "
-                "its band cannot be coded freely; more layers or latent_channels would",
-                stacklevel=3,
-            )
 
     def _set_sigma(self, sigma: float | Literal["learned"]) -> float | Literal["learned"]:
         if isinstance(sigma, str):
@@ -205,6 +136,16 @@ class HVAE(Pretrained, nn.Module):
             raise ValueError(f"sigma must be between {least:g} and {most:g}, got {sigma}: rescale the data")
         self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
         return sigma
+
+    @property
+    def start(self) -> nn.Parameter:
+        """The context that flows into the first layer, ``(1, width, *grid)``."""
+        return self.decoder.start
+
+    @property
+    def subsets(self) -> Sequence[Subset]:
+        """The layers and the head of each band, coarse to fine."""
+        return self.decoder.subsets
 
     @property
     def scales(self) -> tuple[int, ...]:
@@ -227,18 +168,15 @@ class HVAE(Pretrained, nn.Module):
         return self.start.device
 
     @property
-    def precision(self) -> torch.dtype:
+    def real_dtype(self) -> torch.dtype:
         """The real dtype of everything outside the networks: float32, or float64 in a float64 model."""
         return torch.float64 if self.start.dtype == torch.float64 else torch.float32
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the decomposition and the units of the data in float32 at least: half precision is for networks."""
-        owners: list[tuple[nn.Module, str]] = [(self, "log_sigma"), (self, "magnitude")]
-        owners += [(subset, name) for subset in self.subsets for name in ("centre", "unit")]
-        for module in self.decomp.modules():
-            owners += [(module, name) for name, _ in module.named_parameters(recurse=False)]
-            owners += [(module, name) for name, _ in module.named_buffers(recurse=False)]
+        kept: list[nn.Module] = [self, self.standardization, *self.subsets, *self.decomp.modules()]
+        owners = [(m, n) for m in kept for n in (*m._parameters, *m._buffers) if getattr(m, n) is not None]
         before = [cast(Tensor, getattr(owner, name)).detach() for owner, name in owners]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for (owner, name), exact in zip(owners, before, strict=True):
@@ -260,9 +198,7 @@ class HVAE(Pretrained, nn.Module):
     @property
     def is_calibrated(self) -> bool:
         """Whether the bands' means and deviations are settled, by :meth:`calibrate` or by training."""
-        return int(self.calibrated) >= _WARM_UP_BATCHES
-
-    # The top-down pass.
+        return self.standardization.is_settled
 
     def observe(self, x: Tensor) -> Observation:
         """Run the encoder and split the signals into target bands.
@@ -275,52 +211,33 @@ class HVAE(Pretrained, nn.Module):
         if x.device != self.device:
             raise ValueError(f"x is on {x.device}, the model on {self.device}")
         check_finite("x", x)
-        x = x.to(self._signal_dtype(self.precision))
-        activations = self.encoder((pack(x) / self.magnitude.clamp_min(1)).to(self.start.dtype))
+        x = x.to(self._signal_dtype(self.real_dtype))
+        activations = self.encoder(self.standardization.scaled(pack(x)).to(self.start.dtype))
         targets = None
         if self.decomp.orthonormal:
             with full_precision(x.device):
                 targets = self.decomp.checked_analysis(x)
         return Observation(x, dict(zip(self.scales, activations, strict=True)), targets)
 
-    def left(self, index: int, x: Tensor, coarser: Sequence[Tensor]) -> Tensor:
-        """The band that coarser ones leave of signals ``x`` to subset ``index``, ``project(s, x − Σ_{s'<s} B h_{s'})``.
+    def _bands(self, seen: Observation) -> list[Tensor]:
+        if seen.targets is not None:
+            return seen.targets
+        with full_precision(seen.x.device):
+            return self.decomp.checked_analysis(seen.x)
 
-        No gradient goes to the coarser bands.
+    def conditions(
+        self, condition: Any, batch: int, generator: torch.Generator | None = None
+    ) -> list[SubsetCondition] | None:
+        """What each subset sees of the condition of ``batch`` samples; ``None`` for a model without conditions.
+
+        Raises:
+            TypeError: If the condition has the wrong type.
+            ValueError: If it is missing, or given to a model without conditions, or does not fit.
         """
-        with full_precision(x.device):
-            residual = x - self.decomp.synthesis([band.detach() for band in coarser]) if coarser else x
-            return self.decomp.project(self.subsets[index].scale, residual)
-
-    def evidence(self, index: int, seen: Observation, coarser: Sequence[Tensor]) -> Evidence:
-        """What the posteriors of subset ``index`` see, given the coarser bands."""
-        target = self.left(index, seen.x, coarser) if seen.targets is None else seen.targets[index]
-        return self.subsets[index].evidence(seen.activations, target)
-
-    def top_down(
-        self,
-        latents: Sequence[Tensor | None],
-        batch: int,
-        seen: Observation | None = None,
-        *,
-        until: int | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> list[SubsetPass]:
-        """Run the subsets, coarse to fine, up to the band of scale ``until``."""
-        passes: list[SubsetPass] = []
-        context, first = self.start.expand(batch, *self.start.shape[1:]), 0
-        for i, subset in enumerate(self.subsets):
-            last = first + len(subset.layers)
-            given, evidence = latents[first:last], None
-            if seen is not None and any(z is None for z in given):
-                evidence = self.evidence(i, seen, [p.band for p in passes])
-            step = subset(context, given, evidence, temperature=temperature, generator=generator)
-            passes.append(step)
-            context, first = step.context, last
-            if until is not None and subset.scale >= until:
-                break
-        return passes
+        if self.condition is None:
+            check_absent(condition)
+            return None
+        return self.decoder.conditions(self.condition.features(condition, batch, generator))
 
     def result(self, passes: Sequence[SubsetPass], dtype: torch.dtype, x: Tensor | None = None) -> Result:
         """Gather a pass, with the reconstruction in ``dtype`` and, given data, its likelihood."""
@@ -350,19 +267,22 @@ class HVAE(Pretrained, nn.Module):
     # What users call.
 
     @override
-    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Result:
+    def forward(self, x: Tensor, generator: torch.Generator | None = None, condition: Any = None) -> Result:
         """Reconstruct signals from posterior samples.
 
         Args:
             x: Signals ``(B, C, *size)``.
             generator: Random numbers of the posterior samples.
+            condition: What the model's condition takes, one for each sample.
 
         Returns:
             The pass, with ``kl``, ``data`` and ``elbo``.
         """
-        return self.encode(x, temperature=1.0, generator=generator)
+        return self.encode(x, temperature=1.0, generator=generator, condition=condition)
 
-    def encode(self, x: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None) -> Result:
+    def encode(
+        self, x: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None, condition: Any = None
+    ) -> Result:
         """Amortized inference: reconstruct signals from posterior means, or at a temperature.
 
         Differentiable: call it under ``torch.no_grad()`` for numbers and pictures. Where bands are not
@@ -372,24 +292,35 @@ class HVAE(Pretrained, nn.Module):
             x: Signals ``(B, C, *size)``.
             temperature: Factor on the posteriors' standard deviation; 0 takes their means, 1 samples.
             generator: Random numbers of the samples.
+            condition: What the model's condition takes, one for each sample.
         """
         temperature = _check_draws(temperature, generator)
         seen = self.observe(x)
-        if self.training:
-            self._observe_bands(seen)
-        passes = self.top_down([None] * self.depth, len(x), seen, temperature=temperature, generator=generator)
+        conditions = self.conditions(condition, len(x), generator)
+        if self.training and not self.is_calibrated:
+            self.standardization.follow(self.subsets, self._bands(seen), seen.x)
+        draws: dict[str, Any] = {"temperature": temperature, "generator": generator}
+        passes = self.decoder([None] * self.depth, len(x), seen, conditions, **draws)
         return self.result(passes, x.dtype, seen.x)
 
-    def loss(self, x: Tensor, generator: torch.Generator | None = None, *, kl_weight: float = 1.0) -> Tensor:
+    def loss(
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        kl_weight: float = 1.0,
+        condition: Any = None,
+    ) -> Tensor:
         """Negative ELBO to minimise, averaged over the batch, in nats per data dimension: a scalar.
 
         Args:
             x: Signals ``(B, C, *size)``.
             generator: Random numbers of the posterior samples.
             kl_weight: Factor on the KL terms, for a warm-up.
+            condition: What the model's condition takes, one for each sample.
         """
         kl_weight = check_number("kl_weight", kl_weight, "at least 0 and finite")
-        result = self(x, generator)
+        result = self(x, generator, condition)
         loss: Tensor = ((result.data + kl_weight * result.kl.sum(1)) / self.decomp.numel).mean()
         return loss
 
@@ -400,6 +331,7 @@ class HVAE(Pretrained, nn.Module):
         *,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        condition: Any = None,
     ) -> Result:
         """Decode latents, drawing what is missing from the prior.
 
@@ -412,6 +344,7 @@ class HVAE(Pretrained, nn.Module):
             until: Stop after the band of this scale, the reconstruction being the sum up to it.
             temperature: Factor on the priors' standard deviation; 0 takes their means.
             generator: Random numbers of the draws.
+            condition: What the model's condition takes, one for each sample.
 
         Raises:
             TypeError: If an entry is neither a tensor nor ``None``.
@@ -428,14 +361,18 @@ class HVAE(Pretrained, nn.Module):
         for i, z in enumerate(full):
             if z is not None and z.device != self.device:
                 raise ValueError(f"latents[{i}] is on {z.device}, the model on {self.device}")
-        passes = self.top_down(full, len(given), until=until, temperature=temperature, generator=generator)
+        conditions, draws = self.conditions(condition, len(given)), {"temperature": temperature, "generator": generator}
+        passes = self.decoder(full, len(given), None, conditions, until=until, **draws)
         return self.result(passes, self._signal_dtype(given.dtype))
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None, condition: Any = None
+    ) -> Tensor:
         """Draw ``n`` signals ``(n, C, *size)`` from the model (the likelihood's mean, without its noise)."""
         n, temperature = check_integer("n", n, 1), _check_draws(temperature, generator)
-        passes = self.top_down([None] * self.depth, n, temperature=temperature, generator=generator)
+        conditions, draws = self.conditions(condition, n), {"temperature": temperature, "generator": generator}
+        passes = self.decoder([None] * self.depth, n, None, conditions, **draws)
         return self.result(passes, self._signal_dtype(passes[0].band.dtype)).reconstruction
 
     @torch.no_grad()
@@ -450,35 +387,80 @@ class HVAE(Pretrained, nn.Module):
         """
         self.require_autograd()
         moments = moments_of(data, self.decomp, self.device)
-        self._standardise(moments)
-        self.calibrated.fill_(_WARM_UP_BATCHES)
+        self.standardization.calibrate(self.subsets, moments)
         is_learned = isinstance(self.log_sigma, nn.Parameter)
         warn_of_sigma(*(_SIGMA_RANGE if is_learned else (float(self.sigma),) * 2), moments[-1])
 
-    @torch.no_grad()
-    def _observe_bands(self, seen: Observation) -> None:
-        """Until calibrated, follow the bands' moments over the first training batches."""
-        if (batches := int(self.calibrated)) >= _WARM_UP_BATCHES:
-            return
-        with full_precision(seen.x.device):
-            bands = seen.targets if seen.targets is not None else self.decomp.checked_analysis(seen.x)
-        moments = [BandMoments.of(part) for part in (*bands, pack(seen.x))]
-        if batches and self._moments is not None:
-            moments = [a + b for a, b in zip(self._moments, moments, strict=True)]
-        self._moments = moments if batches + 1 < _WARM_UP_BATCHES else None
-        self._standardise(moments)
-        self.calibrated.fill_(batches + 1)
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.
 
-    def _standardise(self, moments: Sequence[BandMoments]) -> None:
-        """Take over moments of the bands and, last, of the signals, see :func:`moments_of`."""
-        *bands, signals = moments
-        # New tensors: an earlier pass may still need the old ones for its gradients, and a later one
-        # could not use tensors made in inference mode.
-        with torch.inference_mode(False):
-            self.magnitude = torch.full_like(self.magnitude, math.sqrt(signals.square) or 1.0)
-            for subset, moment, unit in zip(self.subsets, bands, units(bands), strict=True):
-                subset.centre = moment.mean.to(subset.centre, copy=True)
-                subset.unit = torch.full_like(subset.unit, unit)
+        A model that is there already is replaced, all at once; a ``README.md`` is left as it is. Where
+        several processes train, one of them saves.
+
+        Args:
+            folder: Where to write; made if it is missing.
+
+        Raises:
+            TypeError: If something cannot be saved: what a decomposition of your own was built with
+                (see :meth:`Decomposition.config`), an option of a subclass that is not in its ``config``,
+                or state that is no tensor of a usual dtype.
+            ValueError: If ``folder`` is a file.
+        """
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        classes: Sequence[type[nn.Module]] = (),
+        trust_import_paths: bool = False,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+    ) -> Self:
+        """Load what :meth:`save_pretrained` wrote, in eval mode.
+
+        Args:
+            source: A folder, or the id ``"owner/name"`` of a model on the Hugging Face hub.
+            classes: Decompositions and heads of your own that the model is made of.
+            trust_import_paths: Whether to import classes of your own from the modules that the file
+                names. Importing a module runs it: only for files whose origin you trust.
+            device: Where the model goes.
+            revision: Branch, tag or commit on the hub.
+
+        Raises:
+            TypeError: If ``classes`` holds anything but decompositions and heads, or another argument has
+                the wrong type.
+            ValueError: If a file is missing, truncated, altered or of a newer format, or does not fit
+                the model, a class is unknown, or there is no such device; the message names the file and
+                the reason.
+            ImportError: If ``source`` is a hub id and the extra ``hub`` is not installed.
+        """
+        trust: dict[str, Any] = {"classes": classes, "trust_import_paths": trust_import_paths}
+        return load(cls, source, device=device, revision=revision, **trust)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Upload the model to the Hugging Face hub; a model card that is there already is kept.
+
+        Args:
+            repo_id: Repository ``"owner/name"``, made if it is missing.
+            private: Whether a new repository is private; ``None`` takes the owner's default.
+            token: Access token; ``None`` takes the one of the login.
+            branch: Branch to upload to, made if it is missing; ``None`` is the main one.
+            commit_message: Message of the commit, whose address is returned.
+
+        Raises:
+            ImportError: If the extra ``hub`` is not installed.
+        """
+        return push(self, repo_id, private=private, token=token, branch=branch, commit_message=commit_message)
 
     def require_latents(self, latents: Sequence[Tensor], batch: int, name: str = "latents") -> list[Tensor]:
         """Return the latents of every layer for a batch, in the model's precision and on its device.
@@ -488,22 +470,12 @@ class HVAE(Pretrained, nn.Module):
             ValueError: If one is missing or has the wrong shape.
         """
         full = require_all(name, latents, self.latent_shapes, batch)
-        return [z.detach().to(self.device, self.precision) for z in full]
+        return [z.detach().to(self.device, self.real_dtype) for z in full]
 
     def _signal_dtype(self, real: torch.dtype) -> torch.dtype:
         if not self.decomp.is_complex:
             return real
         return torch.complex128 if real == torch.float64 else torch.complex64
-
-
-def _head_class(head: str | type[ScaleHead]) -> Callable[..., ScaleHead]:
-    if isinstance(head, str):
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {sorted(HEADS)} or a ScaleHead subclass, got {head!r}")
-        return HEADS[head]
-    if not (isinstance(head, type) and issubclass(head, ScaleHead)):
-        raise TypeError(f"head must be a name or a ScaleHead subclass, got {head!r}")
-    return head
 
 
 def _check_draws(temperature: float, generator: torch.Generator | None) -> float:

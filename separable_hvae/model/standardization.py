@@ -18,16 +18,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from separable_hvae._float32 import full_precision
 from separable_hvae._validation import came
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import check_finite, finest, pack
+from separable_hvae.nn import Subset
 
 _FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
 _OTHER_UNITS = 10.0
 _WORTH_LEARNING = 10.0  # Nats.
+_WARM_UP_BATCHES = 16
 
 
 @dataclass
@@ -62,6 +64,63 @@ class BandMoments:
         """Root mean square of ``h − m``; exactly 0 where only rounding is left of it."""
         centre = float(self.mean.square().mean())
         return math.sqrt(max(self.square - centre, 0.0)) if self.square - centre > 1e-14 * centre else 0.0
+
+
+class Standardization(nn.Module):
+    """What a model knows of its data before any training: how they are scaled, and whether that is settled.
+
+    The moments of the bands themselves are buffers of the subsets, ``centre`` and ``unit``.
+
+    Attributes:
+        calibrated: Batches that the moments were taken of, up to the number that settles them: a scalar.
+        magnitude: Root mean square of the data: a scalar. The encoder sees signals in this unit where it exceeds
+            one: it learns badly from large numbers, and well from small ones.
+    """
+
+    calibrated: Tensor
+    magnitude: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("magnitude", torch.ones(()))
+        self._moments: list[BandMoments] | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the moments no longer change."""
+        return int(self.calibrated) >= _WARM_UP_BATCHES
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Packed signals ``(B, C, *size)`` as the encoder sees them."""
+        return x / self.magnitude.clamp_min(1)
+
+    @torch.no_grad()
+    def calibrate(self, subsets: Sequence[Subset], moments: Sequence[BandMoments]) -> None:
+        """Settle on moments of the bands and, last, of the signals, see :func:`moments_of`."""
+        self._take(subsets, moments)
+        self.calibrated.fill_(_WARM_UP_BATCHES)
+
+    @torch.no_grad()
+    def follow(self, subsets: Sequence[Subset], bands: Sequence[Tensor], x: Tensor) -> None:
+        """Until settled, follow the moments over the first training batches."""
+        batches = int(self.calibrated)
+        moments = [BandMoments.of(part) for part in (*bands, pack(x))]
+        if batches and self._moments is not None:
+            moments = [a + b for a, b in zip(self._moments, moments, strict=True)]
+        self._moments = moments if batches + 1 < _WARM_UP_BATCHES else None
+        self._take(subsets, moments)
+        self.calibrated.fill_(batches + 1)
+
+    def _take(self, subsets: Sequence[Subset], moments: Sequence[BandMoments]) -> None:
+        *bands, signals = moments
+        # New tensors: an earlier pass may still need the old ones for its gradients, and a later one
+        # could not use tensors made in inference mode.
+        with torch.inference_mode(False):
+            self.magnitude = torch.full_like(self.magnitude, math.sqrt(signals.square) or 1.0)
+            for subset, moment, unit in zip(subsets, bands, units(bands), strict=True):
+                subset.centre = moment.mean.to(subset.centre, copy=True)
+                subset.unit = torch.full_like(subset.unit, unit)
 
 
 def batches_of(

@@ -121,3 +121,19 @@ class CoefficientHead(ScaleHead):
 
 
 HEADS: dict[str, type[ScaleHead]] = {"grid": GridHead, "coefficient": CoefficientHead}
+
+
+def head_class(head: str | type[ScaleHead]) -> type[ScaleHead]:
+    """The class that a name stands for, or that was given.
+
+    Raises:
+        TypeError: If it is neither a name nor a subclass of :class:`ScaleHead`.
+        ValueError: If the name is unknown.
+    """
+    if isinstance(head, str):
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {sorted(HEADS)} or a ScaleHead subclass, got {head!r}")
+        return HEADS[head]
+    if not (isinstance(head, type) and issubclass(head, ScaleHead)):
+        raise TypeError(f"head must be a name or a ScaleHead subclass, got {head!r}")
+    return head

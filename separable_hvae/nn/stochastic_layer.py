@@ -4,7 +4,7 @@ r"""One stochastic layer of the top-down hierarchy.
     q(z_l | x, z_<l) = N(μ_q(ĥ_l, e, r), σ_q(ĥ_l, e, r)²)  posterior in the same order, eq. 3
     ĥ_{l+1} = r(ĥ_l + f_p(ĥ_l) + W z_l)                    injection and residual block
 
-ĥ is the context, e the encoder's activation at the layer's scale, and r what the head would not yet say of
+ĥ is the context, e the encoder's activation at the layer's scale, and r what the head would not yet predict of
 the target band. Log-sigmas are bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities stay finite
 whatever the networks emit.
 """
@@ -44,7 +44,7 @@ class LayerPass:
         return Gaussian.from_raw(self.raw)
 
 
-class Entry(NamedTuple):
+class PriorFeatures(NamedTuple):
     """What a layer makes of its context alone.
 
     Attributes:
@@ -65,7 +65,7 @@ class StochasticLayer(nn.Module):
         hidden: Channels of the bottlenecks.
         latent_channels: Channels of the latents.
         gain: Factor on the last convolution of the residual branches, ``1/√L``.
-        pictures: Channels of the picture of what is missing of a band; 0 where the posterior does not see it.
+        residual_channels: Channels of the picture of what is missing of a band; 0 where the posterior does not see it.
     """
 
     def __init__(
@@ -76,53 +76,50 @@ class StochasticLayer(nn.Module):
         latent_channels: int,
         *,
         gain: float,
-        pictures: int = 0,
+        residual_channels: int = 0,
     ) -> None:
         super().__init__()
         self.grid = tuple(grid)
         self.latent_channels = latent_channels
         self.prior = Bottleneck(width, hidden, width + 2 * latent_channels, grid, gain=0.0)
         self.posterior = Bottleneck(2 * width, hidden, 2 * latent_channels, grid, gain=gain)
-        self.look = conv(pictures, width, grid, gain=gain) if pictures else None
+        self.residual_conv = conv(residual_channels, width, grid, gain=gain) if residual_channels else None
         self.inject = conv(latent_channels, width, grid, pointwise=True, gain=gain)
         self.block = ResidualBlock(width, hidden, grid, gain=gain)
 
-    def guess(self, context: Tensor, evidence: Tensor, missing: Tensor | None = None) -> Gaussian:
-        """The posterior.
+    def infer(self, context: Tensor, activation: Tensor, residual: Tensor | None = None) -> Gaussian:
+        """The posterior, eq. 3.
 
         Args:
             context: Context ``(B, width, *any grid)``.
-            evidence: The encoder's activation ``(B, width, *grid)``.
-            missing: Picture of what is missing of the target band ``(B, pictures, *grid)``.
+            activation: The encoder's ``(B, width, *grid)``.
+            residual: Picture of what is missing of the target band ``(B, residual_channels, *grid)``.
         """
-        if self.look is not None and missing is not None:
-            evidence = evidence + self.look(missing)
-        return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))
+        if self.residual_conv is not None and residual is not None:
+            activation = activation + self.residual_conv(residual)
+        return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), activation], dim=1)))
 
-    def enter(self, context: Tensor) -> Entry:
+    def prior_features(self, context: Tensor) -> PriorFeatures:
         """What the layer makes of a context ``(B, width, *any grid)`` alone, whatever its latents."""
         context = resample(context, self.grid)
         raw = self.prior(context)
-        return Entry(raw[:, : 2 * self.latent_channels], context + raw[:, 2 * self.latent_channels :])
+        return PriorFeatures(raw[:, : 2 * self.latent_channels], context + raw[:, 2 * self.latent_channels :])
 
     @override
     def forward(
         self,
-        context: Tensor,
+        features: PriorFeatures,
         z: Tensor | None = None,
         posterior: Gaussian | None = None,
         *,
-        entry: Entry | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> LayerPass:
-        """Run the layer on a context ``(B, width, *any grid)``.
+        """Inject latents into what :meth:`prior_features` gives.
 
-        ``z`` given is used as it is; otherwise it is drawn from the posterior where there is one, else from the
-        prior. ``entry`` spares the layer what :meth:`enter` does.
+        ``z`` given is used as it is; otherwise it is drawn from the posterior where there is one, else from the prior.
         """
-        entry = entry or self.enter(context)
         if z is None:
-            z = (posterior or Gaussian.from_raw(entry.raw)).sample(temperature, generator)
-        outgoing = self.block(entry.context + self.inject(z.to(entry.context.dtype)))
-        return LayerPass(outgoing, z, entry.raw, posterior)
+            z = (posterior or Gaussian.from_raw(features.raw)).sample(temperature, generator)
+        outgoing = self.block(features.context + self.inject(z.to(features.context.dtype)))
+        return LayerPass(outgoing, z, features.raw, posterior)

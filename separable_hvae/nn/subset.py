@@ -2,13 +2,14 @@ r"""A subset: the stochastic layers that end in one band, with the head that emi
 
     Z_h = (z_{l+1}, …, z_{l+M}),        h_s = m_s + u_s · head_s(ĥ_{l+M})
 
+A condition adds its activation to the context where a scale begins, and may put another centre in the place of m_s.
 The layers of scales that emit no band belong to the subset of the next band. A subset reads nothing
 but the context that flows into it (and, for posteriors, its evidence), so a latent's gradient through
 its own band costs at most one subset and one head.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -23,7 +24,7 @@ from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.gaussian import Gaussian
 from separable_hvae.functional import resample, widen
 from separable_hvae.nn.heads import ScaleHead
-from separable_hvae.nn.stochastic_layer import Entry, StochasticLayer
+from separable_hvae.nn.stochastic_layer import PriorFeatures, StochasticLayer
 
 
 class Evidence(NamedTuple):
@@ -31,11 +32,23 @@ class Evidence(NamedTuple):
 
     Attributes:
         activations: The encoder's, ``(B, width, *grid)`` for each layer.
-        target: The target band in its unit, ``(B, *band_shape)``; ``None`` where posteriors do not see it.
+        target: The target band, standardised, ``(B, *band_shape)``; ``None`` where posteriors do not see it.
     """
 
     activations: list[Tensor]
     target: Tensor | None
+
+
+class SubsetCondition(NamedTuple):
+    """What a subset sees of a condition.
+
+    Attributes:
+        activations: Added to the context at the first layer of each of its scales, ``(B, width, *grid)``.
+        centre: What its band is predicted around, ``(B, *band_shape)``; ``None`` for the mean of the training data.
+    """
+
+    activations: list[Tensor]
+    centre: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class SubsetPass:
         latents: Latents of the layers that ran, coarse to fine.
         raws: What their prior networks say, see :meth:`Gaussian.from_raw`.
         posteriors: Their posteriors, ``None`` where the latents were given or drawn from the prior.
-        contexts: The context that flowed into each layer.
+        contexts: The context that flowed into each layer, before its condition was added.
     """
 
     context: Tensor
@@ -124,7 +137,7 @@ class Subset(nn.Module):
         self,
         decomp: Decomposition,
         layers: dict[int, int],
-        head: Callable[..., ScaleHead],
+        head: type[ScaleHead],
         *,
         width: int,
         bottleneck: int,
@@ -136,6 +149,7 @@ class Subset(nn.Module):
         super().__init__()
         self.scales = tuple(s for s, count in layers.items() for _ in range(count))
         self.scale = max(layers)
+        self._begins = {self.scales.index(s): place for place, s in enumerate(layers)}
         self.band_input = band_input
         channels, *_ = decomp.picture_shape(self.scale)
         stack = [
@@ -145,7 +159,7 @@ class Subset(nn.Module):
                 bottleneck,
                 latent_channels,
                 gain=gain,
-                pictures=channels if band_input and s == self.scale else 0,
+                residual_channels=channels if band_input and s == self.scale else 0,
             )
             for s in self.scales
         ]
@@ -154,20 +168,38 @@ class Subset(nn.Module):
         self.register_buffer("centre", torch.zeros(decomp.band_shapes[self.scale]))
         self.register_buffer("unit", torch.ones(()))
 
-    def evidence(self, activations: dict[int, Tensor], target: Tensor) -> Evidence:
+    def evidence(
+        self, activations: dict[int, Tensor], target: Tensor, condition: SubsetCondition | None = None
+    ) -> Evidence:
         """What the posteriors see of the encoder's activations by scale and of the target band."""
-        seen = (target - self.centre) / self.unit if self.band_input else None
+        seen = (target - self._centre(condition)) / self.unit if self.band_input else None
         return Evidence([activations[s] for s in self.scales], seen)
 
-    def posterior(self, m: int, context: Tensor, evidence: Evidence) -> Gaussian:
+    def posterior(
+        self, m: int, context: Tensor, evidence: Evidence, condition: SubsetCondition | None = None
+    ) -> Gaussian:
         """The posterior of layer ``m`` under the context that flows into it."""
-        layer, missing = self.layers[m], None
+        layer, residual = self.layers[m], None
+        context = self._conditioned(m, context, condition)
         if evidence.target is not None and self.scales[m] == self.scale:
-            said = self._checked(self.head.read(resample(context, layer.grid)))
-            with full_precision(said.device):
-                picture = self.head.decomp.to_grid(self.scale, evidence.target - said)
-            missing = resample(picture.to(context.dtype), layer.grid)
-        return layer.guess(context, evidence.activations[m], missing)
+            predicted = self._checked(self.head.read(resample(context, layer.grid)))
+            with full_precision(predicted.device):
+                picture = self.head.decomp.to_grid(self.scale, evidence.target - predicted)
+            residual = resample(picture.to(context.dtype), layer.grid)
+        return layer.infer(context, evidence.activations[m], residual)
+
+    def prior_features(self, m: int, context: Tensor, condition: SubsetCondition | None = None) -> PriorFeatures:
+        """What layer ``m`` makes of the context that flows into it, whatever its latents."""
+        return self.layers[m].prior_features(self._conditioned(m, context, condition))
+
+    def _conditioned(self, m: int, context: Tensor, condition: SubsetCondition | None) -> Tensor:
+        """The context of layer ``m`` with the condition of the scale that begins there."""
+        if condition is None or m not in self._begins:
+            return context
+        return resample(context, self.layers[m].grid) + condition.activations[self._begins[m]].to(context.dtype)
+
+    def _centre(self, condition: SubsetCondition | None) -> Tensor:
+        return self.centre if condition is None or condition.centre is None else condition.centre
 
     @override
     def forward(
@@ -175,9 +207,10 @@ class Subset(nn.Module):
         context: Tensor,
         latents: Sequence[Tensor | None],
         evidence: Evidence | None = None,
+        condition: SubsetCondition | None = None,
         *,
         start: int = 0,
-        entry: Entry | None = None,
+        features: PriorFeatures | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> SubsetPass:
@@ -188,21 +221,25 @@ class Subset(nn.Module):
             latents: One entry for each layer from ``start`` on; ``None`` means drawn from the
                 posterior where there is evidence, else from the prior.
             evidence: What the posteriors of the whole subset see.
+            condition: What the subset sees of a condition.
             start: First layer that runs.
-            entry: What this layer makes of its context, where that is known already.
+            features: What :meth:`prior_features` gives of this layer, where that is known already.
             temperature: Factor on the standard deviation of what is drawn; 0 gives means.
             generator: Random numbers for what is drawn.
         """
         zs, raws, posteriors, contexts = [], [], [], []
         for i, z in enumerate(latents, start):
             contexts.append(context)
-            posterior = self.posterior(i, context, evidence) if z is None and evidence is not None else None
-            step = self.layers[i](context, z, posterior, entry=entry, temperature=temperature, generator=generator)
-            context, entry = step.context, None
+            posterior = None
+            if z is None and evidence is not None:
+                posterior = self.posterior(i, context, evidence, condition)
+            features = features or self.prior_features(i, context, condition)
+            step = self.layers[i](features, z, posterior, temperature=temperature, generator=generator)
+            context, features = step.context, None
             zs.append(step.z)
             raws.append(step.raw)
             posteriors.append(step.posterior)
-        band = self.centre + self.unit * self._checked(self.head(context))
+        band = self._centre(condition) + self.unit * self._checked(self.head(context))
         return SubsetPass(context, band, zs, raws, posteriors, contexts)
 
     def _checked(self, band: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from separable_hvae.data_terms.base import BoundTerm
-from separable_hvae.model.hvae import HVAE, Observation
+from separable_hvae.model.hvae import HVAE
 from separable_hvae.model.result import Result
+from separable_hvae.nn.decoder import Observation
 from separable_hvae.nn.subset import SubsetPass
 from separable_hvae.refine.budget import Clock
 from separable_hvae.refine.history import Iterate, Recorder, Row
@@ -152,14 +153,14 @@ class Reached(NamedTuple):
             if bool(refused.any()):
                 pairs = zip(result.latents, self.start, strict=True)
                 latents = [torch.where(rows(refused, new), old, new) for new, old in pairs]
-                result = job.result(job.model.top_down(latents, len(x)), x, torch.where(refused, before, after))
+                result = job.result(job.model.decoder(latents, len(x)), x, torch.where(refused, before, after))
         return replace(result, refused=refused)
 
     def _failure(self, job: Job, x: Tensor, first: int) -> str:
         """Which samples have no finite objective at the start, and the likely cause."""
         wrong = (~self.start_objective.isfinite()).nonzero().flatten()
         numbers = ", ".join(str(first + int(i)) for i in wrong[:_NAMED]) + (", …" if len(wrong) > _NAMED else "")
-        nll = job.model.result(job.model.top_down(self.start, len(x)), x.dtype).nll[wrong]
+        nll = job.model.result(job.model.decoder(self.start, len(x)), x.dtype).nll[wrong]
         cause = (
             "their data term is not. A loss or operator of your own may be undefined there; the noise level or sigma "
             "may be too small, guidance too large"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.nn.stochastic_layer import Entry
+from separable_hvae.nn.stochastic_layer import PriorFeatures
 from separable_hvae.nn.subset import SubsetPass
 from separable_hvae.refine.objective import Objective
 
@@ -87,10 +87,10 @@ class OneSubset(Piece):
         context, *rest = held
         entry = None
         if self.entered:
-            entry, rest = Entry(rest[0], rest[1]), rest[2:]
+            entry, rest = PriorFeatures(rest[0], rest[1]), rest[2:]
         later, aim = rest[: self.later], rest[self.later :]
         step: SubsetPass = self.objective.model.subsets[self.index](
-            context, [*moving, *later], start=self.start, entry=entry
+            context, [*moving, *later], start=self.start, features=entry
         )
         terms = self.objective.subset(self.index, step, aim)
         nll = -step.log_prior()[:, : len(moving)].sum(1) if self.own_prior else terms.nll
@@ -119,7 +119,7 @@ class Whole(Piece):
 
     @override
     def __call__(self, moving: Sequence[Tensor], held: Sequence[Tensor]) -> Outcome:
-        passes = self.objective.model.top_down([*moving, *held[: self.later]], len(moving[0]))
+        passes = self.objective.model.decoder([*moving, *held[: self.later]], len(moving[0]))
         terms = self.objective.total(passes, held[self.later :])
         whitened = [surprise.whitened for step in passes for surprise in step.surprises]
         return Outcome(terms.nll, terms.data, [step.band for step in passes], whitened, [])

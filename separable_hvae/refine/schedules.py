@@ -85,7 +85,7 @@ class Scale(Schedule):
             with torch.no_grad():
                 aim = run.term.aim(i, bands)
                 start = run.enter(i, context, run.evidence(i, [step.band for step in passes]))
-                held = [context, *subset.layers[0].enter(context), *aim]
+                held = [context, *subset.prior_features(0, context), *aim]
             last = first + len(subset.scales)
             problem = Problem(
                 start.latents,
@@ -127,7 +127,7 @@ class Latent(Schedule):
                 with torch.no_grad():
                     z = run.recentre(i, m, context, entered, evidence)
                     later = run.completion(i, m, z, context, evidence)
-                    held = [context, *subset.layers[m].enter(context), *later, *aim]
+                    held = [context, *subset.prior_features(m, context), *later, *aim]
                 piece = OneSubset(run.objective, i, m, len(later), own_prior=self.own_prior)
                 spread = run.spread[len(latents) : len(latents) + 1]
                 problem = Problem(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from separable_hvae.data_terms.base import BoundTerm
-from separable_hvae.model.hvae import HVAE, Observation
+from separable_hvae.model.hvae import HVAE
+from separable_hvae.nn.decoder import Observation
 from separable_hvae.nn.subset import Evidence, SubsetPass
 from separable_hvae.refine.objective import Objective
 from separable_hvae.refine.pieces import Whole
@@ -50,7 +51,7 @@ class InferenceState:
         self.given = None if isinstance(init, str) else list(init)
         self.context = model.start.detach().expand(self.batch, *model.start.shape[1:])
         with torch.no_grad():
-            self.start = model.top_down(
+            self.start: list[SubsetPass] = model.decoder(
                 self.given or [None] * model.depth,
                 self.batch,
                 seen if init == "posterior" else None,
@@ -82,7 +83,7 @@ class InferenceState:
         """The pass through the latents that have been reached."""
         if self._passes is None:
             with torch.no_grad():
-                self._passes = self.model.top_down(self.latents, self.batch)
+                self._passes = self.model.decoder(self.latents, self.batch)
         return self._passes
 
     @cached_property
@@ -112,7 +113,7 @@ class InferenceState:
         """What the posteriors of a subset see, given the coarser bands."""
         if self.init != "posterior":
             return None
-        return self.model.evidence(index, self.seen, coarser)
+        return self.model.decoder.evidence(index, self.seen, coarser)
 
     def enter(self, index: int, context: Tensor, evidence: Evidence | None) -> SubsetPass:
         """Where the latents of a subset start, under the context that flows into it now."""
@@ -121,8 +122,8 @@ class InferenceState:
             step: SubsetPass = subset(context, self.start[index].latents)
             return step
         if noise is None:
-            step = subset(context, [None] * len(subset.scales), evidence, temperature=0.0)
-            return step
+            whole: SubsetPass = subset(context, [None] * len(subset.scales), evidence, temperature=0.0)
+            return whole
         latents: list[Tensor] = []
         for m in range(len(subset.scales)):
             rest = [None] * (len(subset.scales) - m)
@@ -136,7 +137,7 @@ class InferenceState:
         if self.given is not None or m == 0:
             return entered.latents[m]
         subset, noise = self.model.subsets[index], self.noise[index]
-        step = subset(context, [None] * (len(subset.scales) - m), evidence, start=m, temperature=0.0)
+        step: SubsetPass = subset(context, [None] * (len(subset.scales) - m), evidence, start=m, temperature=0.0)
         return step.latents[0] if noise is None else _draw(step, 0, noise[m])
 
     def completion(self, index: int, m: int, z: Tensor, context: Tensor, evidence: Evidence | None) -> list[Tensor]:

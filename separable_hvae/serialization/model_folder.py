@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
-FORMAT = 1
+FORMAT = 2
 """A version that adds or renames anything in the files raises this, and completes what older ones wrote."""
 
 _PARTIAL = ".partial"
@@ -75,8 +75,22 @@ def write(folder: Path, settings: dict[str, Any], tensors: Mapping[str, Tensor],
         _sync(folder)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the settings and the tensors of a folder.
+class Contents(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        settings: What JSON holds.
+        tensors: Tensors by name.
+        version: Number of the format that both were written in.
+    """
+
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+    version: int
+
+
+def read(folder: Path) -> Contents:
+    """Return what a folder holds.
 
     Raises:
         ValueError: If a file is missing, truncated, altered or of a newer format; the message names the
@@ -92,7 +106,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise error from None
     try:
         with torch.device("cpu"), safe_open(weights, framework="pt") as file:
-            return settings, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Contents(settings, tensors, settings.pop("format"))
     except SafetensorError as error:
         raise ValueError(f"{weights} is no safetensors file: {error}") from error
 
@@ -107,11 +122,12 @@ def _verify(path: Path, weights: Path) -> dict[str, Any]:
         settings = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON, it is truncated or altered: {error}") from error
-    version, expected = (settings.pop(k, None) if isinstance(settings, dict) else None for k in ("format", "sha256"))
+    held = settings if isinstance(settings, dict) else {}
+    version, expected = held.get("format"), held.pop("sha256", None)
     if type(version) is int and version > FORMAT:
         raise ValueError(f"{path} has format {version}; this version of the library reads up to {FORMAT}: upgrade it")
-    if type(version) is not int or version != FORMAT:
-        raise ValueError(f"{path} must hold an object with the key 'format', {FORMAT}")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{path} must hold an object with the key 'format', 1 to {FORMAT}")
     with weights.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != expected:

@@ -11,10 +11,10 @@ import inspect
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,163 +23,138 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from separable_hvae._validation import check_flag, plain
 from separable_hvae._version import __version__
 from separable_hvae.decompositions import DECOMPOSITIONS, Decomposition
-from separable_hvae.nn.heads import HEADS, ScaleHead
+from separable_hvae.nn import CONDITIONS, HEADS, Condition, ScaleHead
 from separable_hvae.serialization import model_folder
+from separable_hvae.serialization.convert import converted
 
 _KEYS = {"version": str, "model": str, "decomposition": dict, "scales": list, "options": dict, "dtype": str}
-_DECOMPOSITION_KEYS = {"class": str, "arguments": dict}
+_DESCRIBED_KEYS = {"class": str, "arguments": dict}
 _CASTS = {"float64": "double", "float32": "float", "bfloat16": "bfloat16", "float16": "half"}
-_HEADS: dict[str, type[ScaleHead]] = {c.__name__: c for c in HEADS.values()}
+_REGISTRIES: dict[type[nn.Module], Mapping[str, type[nn.Module]]] = {
+    Decomposition: DECOMPOSITIONS,
+    ScaleHead: {c.__name__: c for c in HEADS.values()},
+    Condition: CONDITIONS,
+}
+"""The library's own classes of each kind, by name; a user's own are named by their import path."""
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class Pretrained(nn.Module):
-    """A model that is saved to a folder, loaded from one and shared on a hub."""
+class Saveable(Protocol):
+    """What is read of a model: an ``nn.Module`` with a decomposition and options of its own."""
 
     decomp: Decomposition
-    start: nn.Parameter
     config: dict[str, Any]
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.
+    @property
+    def start(self) -> Tensor:
+        """A tensor of the networks, which has their dtype."""
 
-        A model that is there already is replaced, all at once; a ``README.md`` is left as it is. Where
-        several processes train, one of them saves.
 
-        Args:
-            folder: Where to write; made if it is missing.
+S = TypeVar("S", bound=Saveable)
 
-        Raises:
-            TypeError: If something cannot be saved: what a decomposition of your own was built with
-                (see :meth:`Decomposition.config`), an option of a subclass that is not in its ``config``,
-                or state that is no tensor of a usual dtype.
-            ValueError: If ``folder`` is a file.
-        """
-        if _path("folder", folder).is_file():
-            raise ValueError(f"folder must be a folder, got the file {folder}")
-        kind, arguments = _kind(self), plain("config() of the decomposition", self.decomp.config())
+
+def save(model: Saveable, folder: str | os.PathLike[str]) -> None:
+    """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``, see :meth:`HVAE.save_pretrained`."""
+    if _path("folder", folder).is_file():
+        raise ValueError(f"folder must be a folder, got the file {folder}")
+    kind, arguments = _kind(model), plain("config() of the decomposition", model.decomp.config())
+    try:
+        _rebuilt(kind, arguments)
+    except Exception as error:
+        raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
+    _check_options(model)
+    settings = {"version": __version__, **description(model, arguments)}
+    model_folder.write(Path(folder), settings, _state(cast(nn.Module, model))[0], _card(model))
+
+
+def load(
+    cls: type[S],
+    source: str | os.PathLike[str],
+    *,
+    classes: Sequence[type[nn.Module]] = (),
+    trust_import_paths: bool = False,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> S:
+    """Load what :func:`save` wrote, in eval mode, see :meth:`HVAE.from_pretrained`."""
+    check_flag("trust_import_paths", trust_import_paths)
+    _check_device(device)
+    if not isinstance(classes, Sequence):
+        raise TypeError(f"classes must be a sequence of classes, got {classes!r}")
+    bases = tuple(_REGISTRIES)
+    for c in classes:
+        if not (isinstance(c, type) and issubclass(c, bases)):
+            names = ", ".join(base.__name__ for base in bases)
+            raise TypeError(f"classes must hold subclasses of {names}, got {c!r}")
+    folder = _folder(source, revision)
+    settings, tensors = converted(*model_folder.read(folder))
+    # Parameters made in inference mode could not be trained; loading is no draw of random numbers.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
-            _rebuilt(kind, arguments)
+            model = _build(cls, settings, classes, trust_import_paths)
         except Exception as error:
-            raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
-        _check_options(self)
-        settings = {"version": __version__, **description(self, arguments)}
-        model_folder.write(Path(folder), settings, _state(self)[0], self._card())
+            file = folder / model_folder.CONFIG
+            raise ValueError(f"{file} does not describe a {cls.__name__}: {error}") from error
+        try:
+            _restore(cast(nn.Module, model), tensors)
+        except ValueError as error:
+            raise ValueError(f"{folder / model_folder.WEIGHTS} does not fit the model: {error}") from error
+    cast(nn.Module, model).to(device).eval()
+    return model
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        classes: Sequence[type[nn.Module]] = (),
-        trust_import_paths: bool = False,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-    ) -> Self:
-        """Load what :meth:`save_pretrained` wrote, in eval mode.
 
-        Args:
-            source: A folder, or the id ``"owner/name"`` of a model on the Hugging Face hub.
-            classes: Decompositions and heads of your own that the model is made of.
-            trust_import_paths: Whether to import classes of your own from the modules that the file
-                names. Importing a module runs it: only for files whose origin you trust.
-            device: Where the model goes.
-            revision: Branch, tag or commit on the hub.
+def push(
+    model: Saveable, repo_id: str, *, private: bool | None, token: str | None, branch: str | None, commit_message: str
+) -> str:
+    """Upload a model to the Hugging Face hub, see :meth:`HVAE.push_to_hub`."""
+    api = _hub("push_to_hub").HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if branch is not None:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    kept = [model_folder.CARD] if api.file_exists(repo_id, model_folder.CARD, revision=branch) else []
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        what = {"folder_path": folder, "ignore_patterns": kept, "commit_message": commit_message}
+        return str(api.upload_folder(repo_id=repo_id, revision=branch, **what))
 
-        Raises:
-            TypeError: If ``classes`` holds anything but decompositions and heads, or another argument has
-                the wrong type.
-            ValueError: If a file is missing, truncated, altered or of a newer format, or does not fit
-                the model, a class is unknown, or there is no such device; the message names the file and
-                the reason.
-            ImportError: If ``source`` is a hub id and the extra ``hub`` is not installed.
-        """
-        check_flag("trust_import_paths", trust_import_paths)
-        _check_device(device)
-        if not isinstance(classes, Sequence):
-            raise TypeError(f"classes must be a sequence of classes, got {classes!r}")
-        for c in classes:
-            if not (isinstance(c, type) and issubclass(c, (Decomposition, ScaleHead))):
-                raise TypeError(f"classes must hold Decomposition and ScaleHead subclasses, got {c!r}")
-        folder = _folder(source, revision)
-        settings, tensors = model_folder.read(folder)
-        # Parameters made in inference mode could not be trained; loading is no draw of random numbers.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            try:
-                model = cls._build(settings, classes, trust_import_paths)
-            except Exception as error:
-                raise ValueError(
-                    f"{folder / model_folder.CONFIG} does not describe a {cls.__name__}: {error}"
-                ) from error
-            try:
-                _restore(model, tensors)
-            except ValueError as error:
-                raise ValueError(f"{folder / model_folder.WEIGHTS} does not fit the model: {error}") from error
-        return model.to(device).eval()
 
-    @classmethod
-    def _build(cls, settings: dict[str, Any], classes: Sequence[type[nn.Module]], trust: bool) -> Self:
-        """The model that a configuration describes, untrained."""
-        _check_keys("", settings, _KEYS)
-        _check_keys("decomposition.", settings["decomposition"], _DECOMPOSITION_KEYS)
-        if settings["model"] != cls.__name__:
-            raise ValueError(f"its model is {settings['model']!r}")
-        if settings["dtype"] not in _CASTS:
-            raise ValueError(f"dtype must be one of {sorted(_CASTS)}, got {settings['dtype']!r}")
-        options, described = dict(settings["options"]), settings["decomposition"]
-        kind = _class(Decomposition, described["class"], DECOMPOSITIONS, classes, trust)  # type: ignore[type-abstract]
-        if isinstance(options.get("head"), str) and options["head"] not in HEADS:
-            options["head"] = _class(ScaleHead, options["head"], _HEADS, classes, trust)
-        model = cls(_rebuilt(kind, described["arguments"]), scales=settings["scales"], **options)
-        if missing := sorted(set(model.config) - set(options)):
-            raise ValueError(f"options {missing} are missing")
-        if settings["dtype"] != _dtype(model):
-            getattr(model, _CASTS[settings["dtype"]])()
-        return model
+def _build(cls: type[S], settings: dict[str, Any], classes: Sequence[type[nn.Module]], trust: bool) -> S:
+    """The model that a configuration describes, untrained."""
+    _check_keys("", settings, _KEYS)
+    _check_keys("decomposition.", settings["decomposition"], _DESCRIBED_KEYS)
+    if settings["model"] != cls.__name__:
+        raise ValueError(f"its model is {settings['model']!r}")
+    if settings["dtype"] not in _CASTS:
+        raise ValueError(f"dtype must be one of {sorted(_CASTS)}, got {settings['dtype']!r}")
+    options, described = dict(settings["options"]), settings["decomposition"]
+    kind = _class(Decomposition, described["class"], classes, trust)  # type: ignore[type-abstract]
+    if isinstance(options.get("head"), str) and options["head"] not in HEADS:
+        options["head"] = _class(ScaleHead, options["head"], classes, trust)
+    if options.get("condition") is not None:
+        _check_keys("condition.", options["condition"], _DESCRIBED_KEYS)
+        condition: Any = _class(Condition, options["condition"]["class"], classes, trust)
+        options["condition"] = condition(**options["condition"]["arguments"])
+    make = cast(Callable[..., S], cls)
+    model = make(_rebuilt(kind, described["arguments"]), scales=settings["scales"], **options)
+    if missing := sorted(set(model.config) - set(options)):
+        raise ValueError(f"options {missing} are missing")
+    if settings["dtype"] != _dtype(model):
+        getattr(model, _CASTS[settings["dtype"]])()
+    return model
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        branch: str | None = None,
-        commit_message: str = "Upload model",
-    ) -> str:
-        """Upload the model to the Hugging Face hub; a model card that is there already is kept.
 
-        Args:
-            repo_id: Repository ``"owner/name"``, made if it is missing.
-            private: Whether a new repository is private; ``None`` takes the owner's default.
-            token: Access token; ``None`` takes the one of the login.
-            branch: Branch to upload to, made if it is missing; ``None`` is the main one.
-            commit_message: Message of the commit, whose address is returned.
-
-        Raises:
-            ImportError: If the extra ``hub`` is not installed.
-        """
-        api = _hub("push_to_hub").HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if branch is not None:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-        kept = [model_folder.CARD] if api.file_exists(repo_id, model_folder.CARD, revision=branch) else []
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            what = {"folder_path": folder, "ignore_patterns": kept, "commit_message": commit_message}
-            return str(api.upload_folder(repo_id=repo_id, revision=branch, **what))
-
-    def _card(self) -> str:
-        """A short model card; its author adds what the library cannot know."""
-        name, bands = type(self).__name__, _kind(self).__name__
-        return f"""---
+def _card(model: Saveable) -> str:
+    """A short model card; its author adds what the library cannot know."""
+    name, bands = type(model).__name__, _kind(model).__name__
+    return f"""---
 library_name: separable-hvae
 tags: [hierarchical-vae, variational-autoencoder]
 ---
 
 # {name} over {bands}
 
-A hierarchical VAE whose decoder is a sum of linear pieces: `{bands}({self.decomp.extra_repr()})`.
+A hierarchical VAE whose decoder is a sum of linear pieces: `{bands}({model.decomp.extra_repr()})`.
 
 ```python
 from separable_hvae import HVAE
@@ -191,7 +166,7 @@ To be described by its author: training data, range of the signals, intended use
 """
 
 
-def description(model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:
+def description(model: Saveable, arguments: dict[str, Any]) -> dict[str, Any]:
     """What a model is, as JSON holds it.
 
     Args:
@@ -200,37 +175,44 @@ def description(model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:
     """
     options = dict(model.config)
     if isinstance(options["head"], type):
-        options["head"] = _name(options["head"], _HEADS)
+        options["head"] = _name(options["head"])
+    if options["condition"] is not None:
+        options["condition"] = _described(options["condition"])
     return {
         "model": type(model).__name__,
-        "decomposition": {"class": _name(_kind(model), DECOMPOSITIONS), "arguments": arguments},
+        "decomposition": {"class": _name(_kind(model)), "arguments": arguments},
         "scales": list(model.decomp.scales),
         "options": plain("config of the model", options),
         "dtype": _dtype(model),
     }
 
 
-def _kind(model: Pretrained) -> type[Decomposition]:
+def _described(part: Any) -> dict[str, Any]:
+    """The class of a part and the arguments that build it again."""
+    return {"class": _name(type(part)), "arguments": plain(f"config() of {type(part).__name__}", part.config())}
+
+
+def _kind(model: Saveable) -> type[Decomposition]:
     """The class of a model's decomposition, without what PyTorch makes of it where its tensors are parametrized."""
     return cast(type[Decomposition], type_before_parametrizations(model.decomp))
 
 
-def _name(kind: type, own: Mapping[str, type]) -> str:
+def _name(kind: type) -> str:
     """What a configuration calls a class: its name if it is the library's own, else its import path."""
-    return kind.__name__ if own.get(kind.__name__) is kind else f"{kind.__module__}:{kind.__qualname__}"
+    own = any(registry.get(kind.__name__) is kind for registry in _REGISTRIES.values())
+    return kind.__name__ if own else f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _class(
-    base: type[M], name: str, own: Mapping[str, type[M]], classes: Sequence[type[nn.Module]], trust: bool
-) -> type[M]:
+def _class(base: type[M], name: str, classes: Sequence[type[nn.Module]], trust: bool) -> type[M]:
     """The class that a configuration names."""
+    own = cast(Mapping[str, type[M]], _REGISTRIES[base])
     if name in own:
         return own[name]
     if ":" not in name:
         raise ValueError(f"{name!r} is no {base.__name__} of this library, which has {sorted(own)}")
     short = re.split("[:.]", name)[-1]
     fitting = [c for c in dict.fromkeys(classes) if issubclass(c, base) and c.__name__ == short]
-    fitting = [c for c in fitting if _name(c, own) == name] or fitting
+    fitting = [c for c in fitting if _name(c) == name] or fitting
     if len(fitting) > 1:
         raise ValueError(f"{name!r} may be any of {fitting} in classes")
     if fitting:
@@ -257,7 +239,7 @@ def _rebuilt(kind: type[Decomposition], arguments: dict[str, Any]) -> Decomposit
     return decomp
 
 
-def _check_options(model: Pretrained) -> None:
+def _check_options(model: Saveable) -> None:
     """Raise a ``TypeError`` unless ``config`` holds every option of the model's constructor, and nothing else."""
     kind, signature = type(model).__name__, inspect.signature(type(model))
     try:
@@ -348,5 +330,5 @@ def _hub(purpose: str) -> ModuleType:
         raise ImportError(f'{purpose} needs the extra "hub": pip install "separable-hvae[hub]"') from error
 
 
-def _dtype(model: Pretrained) -> str:
+def _dtype(model: Saveable) -> str:
     return str(model.start.dtype).removeprefix("torch.")

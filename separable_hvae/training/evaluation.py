@@ -74,7 +74,7 @@ def _measure(model: HVAE, batches: Iterable[Tensor], generator: torch.Generator)
     for x in batches:
         n += len(x)
         seen = model.observe(x)
-        passes = model.top_down([None] * model.depth, len(x), seen, generator=generator)
+        passes = model.decoder([None] * model.depth, len(x), seen, generator=generator)
         result = model.result(passes, x.dtype, seen.x)
         assert result.kl is not None
         loss -= float(finest(result.elbo).sum())
@@ -82,7 +82,7 @@ def _measure(model: HVAE, batches: Iterable[Tensor], generator: torch.Generator)
         mse += float(_squares(result.reconstruction, x))
         residual = residuals.new_tensor(band_residuals(model, result.reconstruction - x))
         residuals += len(x) * residual.square()
-        means = model.top_down([None] * model.depth, len(x), seen, temperature=0.0)
+        means = model.decoder([None] * model.depth, len(x), seen, temperature=0.0)
         mse_mean += float(_squares(model.result(means, x.dtype).reconstruction, x))
         pairs = [(q, p) for step in passes for q, p in zip(step.posteriors, step.priors, strict=True) if q is not None]
         batch_units = [q.kl_elements(p).sum(0).flatten() for q, p in pairs]

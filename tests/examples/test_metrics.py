@@ -77,7 +77,7 @@ def test_importance_weighted_bound(is_complex: bool) -> None:
     x, generator, weights = zoo.signal(model.decomp, 3), seeded(5), []
     with torch.no_grad():
         for _ in range(4):
-            passes = model.top_down([None] * model.depth, len(x), model.observe(x), generator=generator)
+            passes = model.decoder([None] * model.depth, len(x), model.observe(x), generator=generator)
             log_p = log_q = torch.zeros(len(x), dtype=torch.float64)
             for step in passes:
                 for z, p, q in zip(step.latents, step.priors, step.posteriors, strict=True):

@@ -25,8 +25,6 @@ setups, train, evaluation = script("setups"), script("train"), script("evaluate"
 NAMES = ["paper", "vanilla", "best"]
 CONFIGURATIONS = [EXAMPLES / dataset / f"{name}.toml" for dataset in ("cifar10", "fastmri") for name in NAMES]
 
-pytestmark = pytest.mark.filterwarnings("ignore:scale .* latents for the:UserWarning")
-
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,6 @@ from tests.helpers.scripts import call, script
 
 depth, inference, quality = (script(name, "speed") for name in ("depth", "inference", "quality"))
 
-pytestmark = pytest.mark.filterwarnings("ignore:scale .* latents for the:UserWarning")
-
 
 @pytest.fixture(autouse=True)
 def _settings_come_back() -> Any:

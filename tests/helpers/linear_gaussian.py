@@ -23,7 +23,7 @@ from typing_extensions import override
 from separable_hvae import HVAE, Decomposition, ScaleHead
 from separable_hvae.distributions.gaussian import LOG_SIGMA_BOUND, Gaussian
 from separable_hvae.functional import unpack
-from separable_hvae.nn.stochastic_layer import Entry, LayerPass, StochasticLayer
+from separable_hvae.nn.stochastic_layer import LayerPass, PriorFeatures, StochasticLayer
 
 Array = NDArray[np.float64]
 
@@ -64,39 +64,37 @@ class LinearLayer(nn.Module):
     def _gaussian(self, mean: Tensor, log_sigma: Tensor) -> Gaussian:
         return Gaussian(mean.unflatten(1, self.shape), log_sigma.expand_as(mean).unflatten(1, self.shape))
 
-    def guess(self, context: Tensor, evidence: Tensor, missing: Tensor | None = None) -> Gaussian:
-        mean = self.posterior(torch.cat([context.flatten(1), evidence], dim=1))
+    def infer(self, context: Tensor, activation: Tensor, residual: Tensor | None = None) -> Gaussian:
+        mean = self.posterior(torch.cat([context.flatten(1), activation], dim=1))
         posterior = self._gaussian(mean, self.posterior_log_sigma)
         return posterior if self.factor is None else FullGaussian(posterior.mean, posterior.log_sigma, self.factor)
 
-    def enter(self, context: Tensor) -> Entry:
+    def prior_features(self, context: Tensor) -> PriorFeatures:
         # Undo the bound that Gaussian.from_raw puts on log-sigmas.
         prior = self._gaussian(self.prior(context.flatten(1)), self.log_sigma)
         raw = LOG_SIGMA_BOUND * torch.atanh(prior.log_sigma / LOG_SIGMA_BOUND)
-        return Entry(torch.cat([prior.mean, raw], dim=1), context)
+        return PriorFeatures(torch.cat([prior.mean, raw], dim=1), context)
 
     @override
     def forward(
         self,
-        context: Tensor,
+        features: PriorFeatures,
         z: Tensor | None = None,
         posterior: Gaussian | None = None,
         *,
-        entry: Entry | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> LayerPass:
-        entry = entry or self.enter(context)
-        c = entry.context.flatten(1)
+        c = features.context.flatten(1)
         if z is None:
-            drawn = posterior or Gaussian.from_raw(entry.raw)
+            drawn = posterior or Gaussian.from_raw(features.raw)
             if self.noise is None:
                 z = drawn.sample(temperature, generator)
             else:
                 spread = torch.diag(self.posterior_log_sigma.exp()) if self.factor is None else self.factor
                 z = drawn.mean + (self.noise @ spread.T).unflatten(1, self.shape)
         c = self.context(torch.cat([c, z.flatten(1)], dim=1))
-        return LayerPass(c.unflatten(1, (self.width, *self.grid)), z, entry.raw, posterior)
+        return LayerPass(c.unflatten(1, (self.width, *self.grid)), z, features.raw, posterior)
 
 
 class LinearHead(ScaleHead):
@@ -131,7 +129,7 @@ def linear_gaussian(decomp: Decomposition, *, layers: int = 2, seed: int = 0) ->
     model = HVAE(
         decomp, layers=layers, width=width, bottleneck=1, blocks=0, head=LinearHead, sigma=0.6, band_input=False
     )
-    model.encoder = cast(Any, FlatEncoder(len(decomp.scales), lambda: model.magnitude.clamp_min(1)))
+    model.encoder = cast(Any, FlatEncoder(len(decomp.scales), lambda: model.standardization.magnitude.clamp_min(1)))
     nn.init.normal_(model.start)
     inputs = model.start.numel()
     for i, subset in enumerate(model.subsets):

@@ -3,6 +3,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import numpy as np
@@ -39,7 +40,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
         model = HVAE(decomp, layers=layers, latent_channels=two, **numbers)
         assert (model.decomp.size, model.decomp.channels, model.scales) == ((8, 8), 2, (1, 4, 8))
         assert model.config["layers"] == plain
-        assert all(type(v) in (int, float, bool, str, list) for v in model.config.values())
+        assert all(type(v) in (int, float, bool, str, list, NoneType) for v in model.config.values())
         model.save_pretrained(tmp_path)
         assert HVAE.from_pretrained(tmp_path).config == model.config
     model = HVAE(decomp, scales=scales[1:], layers=1, **numbers)
@@ -356,10 +357,10 @@ def test_posteriors_see_what_is_left_to_say(make: Make) -> None:
     looked: list[list[Tensor]] = [[] for _ in model.subsets]
     for subset, seen in zip(model.subsets, looked, strict=True):
         for layer in subset.layers:
-            if layer.look is not None:
-                layer.look.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(inputs[0]))
+            if layer.residual_conv is not None:
+                layer.residual_conv.register_forward_pre_hook(lambda _module, inputs, seen=seen: seen.append(inputs[0]))
     with torch.no_grad():
-        passes = model.top_down([None] * model.depth, len(x), model.observe(x), generator=seeded())
+        passes = model.decoder([None] * model.depth, len(x), model.observe(x), generator=seeded())
     decomp, bands = model.decomp, [step.band for step in passes]
     for i, (s, subset, step) in enumerate(zip(decomp.band_scales, model.subsets, passes, strict=True)):
         target = decomp.project(s, x - decomp.synthesis(bands[:i]) if i else x)
@@ -381,7 +382,7 @@ def test_gradients_of_the_signals_against_finite_differences() -> None:
 def test_coarser_bands_get_no_gradient_from_what_they_leave() -> None:
     model = tiny(FFT1Real(4))
     coarse = model.encode(signal(model.decomp, dtype=torch.float32)).bands[:1]
-    assert not model.left(1, signal(model.decomp, dtype=torch.float32), coarse).requires_grad
+    assert not model.decoder.target_of(1, signal(model.decomp, dtype=torch.float32), coarse).requires_grad
 
 
 # Units.
@@ -560,36 +561,11 @@ def test_complex_signals(make: Make) -> None:
     assert float(result.reconstruction.detach().imag.abs().max()) > 0
 
 
-# The warning of few latents.
-
-
-def warnings_of(build: Callable[[], object]) -> dict[int, tuple[int, int]]:
-    """``{scale: (latents, coefficients)}`` of each warning."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        build()
-    found = [re.match(r"scale (\d+) has (\d+) latents for the (\d+) coefficients", str(w.message)) for w in caught]
-    return {int(m[1]): (int(m[2]), int(m[3])) for m in found if m is not None}
-
-
-def test_few_latents_are_told_where_the_model_is_built() -> None:
-    with pytest.warns(UserWarning, match=r"scale 2 has 20 latents for the 24 coefficients of its band") as caught:
-        HVAE(FFT2Real(8), width=4, bottleneck=2, blocks=0)
-    assert [w.filename for w in caught] == [__file__]
-
-
-def test_few_latents_are_told_with_their_numbers() -> None:
-    options: dict[str, Any] = {"width": 4, "bottleneck": 2, "blocks": 0}
-    # 3 channels × 8 bins around DC, 5 layers of 2 × 2: the setup of the paper.
-    assert warnings_of(lambda: HVAE(FFT2Real(8), layers=5, **options)) == {2: (20, 24)}
-    assert warnings_of(lambda: HVAE(FFT2Real(8), layers=6, **options)) == {}
-    assert warnings_of(lambda: HVAE(FFT2Real(8), layers=3, latent_channels=2, **options)) == {}
-    assert warnings_of(lambda: HVAE(Identity(4, channels=8), layers=1, **options)) == {4: (1 + 4 + 16, 128)}
-    assert warnings_of(lambda: HVAE(Wavelet2(4, channels=4), layers=1, **options)) == {
-        1: (1, 4),
-        2: (4, 12),
-        4: (16, 48),
-    }
+def test_the_papers_hierarchy_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = HVAE(decomp=FFT2Real(32), scales=[1, 2, 4, 8, 16, 32], width=4, bottleneck=2, blocks=0)
+    assert model.depth == 30
 
 
 # Bad input.
@@ -740,7 +716,7 @@ def test_large_data_look_to_the_encoder_as_ordinary_ones_do(make: Make) -> None:
     for factor in (0.3, 1e2, 1e4):
         model.calibrate(factor * x)
         torch.testing.assert_close(
-            model.magnitude, (factor * x).abs().square().sum().div(20 * model.decomp.numel).sqrt()
+            model.standardization.magnitude, (factor * x).abs().square().sum().div(20 * model.decomp.numel).sqrt()
         )
         seen.append(model.observe(factor * x).activations)
     for scale in model.scales:

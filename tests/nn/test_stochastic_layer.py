@@ -87,10 +87,12 @@ def test_huge_raw_numbers_stay_finite() -> None:
 @pytest.mark.parametrize("grid", [(1,), (4,), (3, 4), (1, 1), (2, 3, 4)])
 @pytest.mark.parametrize("came", ["same", "coarser"])
 def test_layer_shapes_and_gradients(grid: tuple[int, ...], came: str) -> None:
-    layer = StochasticLayer(grid, 6, 4, 2, gain=0.5, pictures=3)
+    layer = StochasticLayer(grid, 6, 4, 2, gain=0.5, residual_channels=3)
     perturb(layer)
     context = torch.randn(3, 6, *(grid if came == "same" else (1,) * len(grid)))
-    step = layer(context, None, layer.guess(context, torch.randn(3, 6, *grid), torch.randn(3, 3, *grid)))
+    step = layer(
+        layer.prior_features(context), None, layer.infer(context, torch.randn(3, 6, *grid), torch.randn(3, 3, *grid))
+    )
     assert step.context.shape == (3, 6, *grid)
     assert step.posterior is not None
     assert step.z.shape == step.prior.mean.shape == step.posterior.log_sigma.shape == (3, 2, *grid)
@@ -106,7 +108,8 @@ def perturb(layer: torch.nn.Module) -> None:
 
 
 def test_the_prior_starts_as_a_standard_normal() -> None:
-    step = StochasticLayer((4, 4), 6, 4, 2, gain=0.5)(torch.randn(3, 6, 4, 4))
+    layer = StochasticLayer((4, 4), 6, 4, 2, gain=0.5)
+    step = layer(layer.prior_features(torch.randn(3, 6, 4, 4)))
     assert step.posterior is None
     assert not step.prior.mean.any()
     assert not step.prior.log_sigma.any()
@@ -116,13 +119,13 @@ def test_where_latents_come_from() -> None:
     layer = StochasticLayer((4,), 6, 4, 1, gain=0.5)
     perturb(layer)
     context = torch.randn(2, 6, 4)
-    posterior = layer.guess(context, torch.randn(2, 6, 4))
+    features, posterior = layer.prior_features(context), layer.infer(context, torch.randn(2, 6, 4))
 
     def run(z: Tensor | None = None, q: Gaussian | None = None, temperature: float = 0.0) -> Tensor:
-        drawn: Tensor = layer(context, z, q, temperature=temperature, generator=torch.Generator().manual_seed(0)).z
+        drawn: Tensor = layer(features, z, q, temperature=temperature, generator=torch.Generator().manual_seed(0)).z
         return drawn
 
-    inferred = layer(context, None, posterior)
+    inferred = layer(features, None, posterior)
     assert inferred.posterior is posterior
     assert torch.equal(run(), inferred.prior.mean)
     assert run(q=posterior) is posterior.mean
@@ -133,19 +136,19 @@ def test_where_latents_come_from() -> None:
 
 
 def test_what_is_missing_is_evidence_of_its_own() -> None:
-    layer = StochasticLayer((4,), 6, 4, 1, gain=0.5, pictures=2)
+    layer = StochasticLayer((4,), 6, 4, 1, gain=0.5, residual_channels=2)
     perturb(layer)
-    assert layer.look is not None
-    assert layer.look.bias is not None
+    assert layer.residual_conv is not None
+    assert layer.residual_conv.bias is not None
     context, evidence, missing = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.randn(2, 2, 4)
-    unseen, seen = layer.guess(context, evidence), layer.guess(context, evidence, missing)
+    unseen, seen = layer.infer(context, evidence), layer.infer(context, evidence, missing)
     assert not torch.equal(unseen.mean, seen.mean)
     assert not torch.equal(unseen.log_sigma, seen.log_sigma)
     padded = torch.nn.functional.pad(missing, (1, 1))
-    kernel = layer.look.weight
+    kernel = layer.residual_conv.weight
     told = sum(torch.einsum("oi,big->bog", kernel[..., k], padded[..., k : k + 4]) for k in range(3))
-    told = told + layer.look.bias[:, None]
-    explained = layer.guess(context, evidence - told, missing)
+    told = told + layer.residual_conv.bias[:, None]
+    explained = layer.infer(context, evidence - told, missing)
     torch.testing.assert_close(explained.mean, unseen.mean)
     torch.testing.assert_close(explained.log_sigma, unseen.log_sigma)
 
@@ -153,5 +156,6 @@ def test_what_is_missing_is_evidence_of_its_own() -> None:
 def test_latents_change_the_context() -> None:
     layer = StochasticLayer((4,), 6, 4, 1, gain=0.5)
     context, z = torch.randn(2, 6, 4), torch.randn(2, 1, 4)
-    assert not torch.equal(layer(context, z).context, layer(context, z + 1).context)
-    assert layer(context, z.double()).z.dtype == torch.float64
+    features = layer.prior_features(context)
+    assert not torch.equal(layer(features, z).context, layer(features, z + 1).context)
+    assert layer(features, z.double()).z.dtype == torch.float64

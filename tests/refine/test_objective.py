@@ -27,7 +27,8 @@ def drawn_pass(model: HVAE, x: Tensor) -> list[SubsetPass]:
     """A pass with posterior samples."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        return model.top_down([None] * model.depth, len(x), model.observe(x), generator=generator)
+        passes: list[SubsetPass] = model.decoder([None] * model.depth, len(x), model.observe(x), generator=generator)
+    return passes
 
 
 class Known:

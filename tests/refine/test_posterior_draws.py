@@ -11,7 +11,7 @@ from typing_extensions import override
 from separable_hvae import HVAE, FFT1Real, MAPRefiner, Measurement, Refiner, posterior_draws
 from separable_hvae.data_terms.base import BoundTerm, DataTerm
 from separable_hvae.data_terms.signal import Signal
-from separable_hvae.model.hvae import Observation
+from separable_hvae.nn.decoder import Observation
 from tests.helpers.linear_gaussian import ClosedForm, flat, linear_gaussian, stacked
 from tests.helpers.models import seeded
 from tests.helpers.pages import ROOT, blocks, run

@@ -292,7 +292,9 @@ class Spy(MAPRefiner):
 
     def layers(self) -> list[int]:
         """Stochastic layers that each step ran."""
-        return [sum(bool(re.fullmatch(r"subsets\.\d+\.layers\.\d+", n)) for n in ran) for _, ran in self.steps_ran]
+        return [
+            sum(bool(re.fullmatch(r"decoder\.subsets\.\d+\.layers\.\d+", n)) for n in ran) for _, ran in self.steps_ran
+        ]
 
 
 @pytest.mark.parametrize("schedule", ["latent", "scale"])
@@ -305,9 +307,9 @@ def test_a_step_runs_its_own_subset_and_no_other(make: Make, schedule: str) -> N
     for index, (scale, ran) in zip(indices, spy.steps_ran, strict=True):
         assert scale in model.subsets[index].scales
         assert any(".head." in name for name in ran)
-        assert all(name.startswith(f"subsets.{index}.") for name in ran)
+        assert all(name.startswith(f"decoder.subsets.{index}.") for name in ran)
         # The amortized part is not run again.
-        assert not any(part in name for name in ran for part in ("posterior", "look"))
+        assert not any(part in name for name in ran for part in ("posterior", "residual_conv"))
     sizes = [len(s.scales) for s in model.subsets]
     expected = [m for size in sizes for m in range(size, 0, -1)] if schedule == "latent" else sizes
     assert spy.layers() == expected
@@ -320,7 +322,7 @@ def test_vanilla_steps_run_all_later_layers() -> None:
     spy(model, x)
     assert spy.layers() == list(range(model.depth, 0, -1))
     for m, (_, ran) in enumerate(spy.steps_ran):
-        assert {int(n.split(".")[3]) for n in ran if ".layers." in n} == set(range(m, model.depth))
+        assert {int(n.split(".")[4]) for n in ran if ".layers." in n} == set(range(m, model.depth))
         assert any(".head." in name for name in ran)
     for schedule, name in product(("parallel", "joint"), ("fft1-real", "identity-1")):
         model = tiny(SMALL[name]())

@@ -61,7 +61,7 @@ def test_curvature_of_a_network_is_that_of_its_gauss_newton_model() -> None:
     def residuals(row: Tensor) -> Tensor:
         parts = row.split([s.numel() for s in shapes])
         latents = [part.reshape(s) for part, s in zip(parts, shapes, strict=True)]
-        passes = model.top_down(latents, 1)
+        passes = model.decoder(latents, 1)
         bands = torch.cat([step.band.flatten() for step in passes]) / 0.3
         pairs = [(z, p) for step in passes for z, p in zip(step.latents, step.priors, strict=True)]
         return torch.cat([bands, *[((z - p.mean) / p.sigma).flatten() for z, p in pairs]])
@@ -86,7 +86,7 @@ def test_curvature_of_the_data_term_alone(sign: int) -> None:
     (z,) = refiner.latents
 
     def along(t: Tensor) -> Tensor:
-        (step,) = model.top_down([z + t], 1)
+        (step,) = model.decoder([z + t], 1)
         return quartic(step.band, model.decomp.analysis(x)[0]).sum()
 
     expected = hessian(along, torch.zeros((), dtype=torch.float64)).abs()

@@ -181,7 +181,8 @@ def test_round_trip_of_options(options: dict[str, Any], tmp_path: Path) -> None:
     assert loaded.scales == model.scales == tuple(options.get("scales", (1, 2, 4, 8)))
     assert isinstance(loaded.log_sigma, nn.Parameter) == (options.get("sigma") == "learned")
     assert units(loaded) == units(model) != [1.0] * len(model.subsets)
-    assert int(loaded.calibrated) == int(model.calibrated) > 0
+    assert loaded.is_calibrated
+    assert model.is_calibrated
     assert same(model, loaded)
 
 
@@ -251,7 +252,7 @@ def test_the_decomposition_is_the_models_alone(tmp_path: Path) -> None:
 def test_tensors_with_several_names_are_stored_once_and_stay_shared(tmp_path: Path) -> None:
     model = small(Turned(4), head=OwnHead)
     names = set(model.state_dict())
-    assert {"decomp.basis", "subsets.0.head.again.basis", "subsets.0.head.tied.weight"} < names
+    assert {"decomp.basis", "decoder.subsets.0.head.again.basis", "decoder.subsets.0.head.tied.weight"} < names
     model.save_pretrained(tmp_path)
     stored = set(safetensors.torch.load_file(tmp_path / WEIGHTS))
     assert {n for n in names - stored if ".again." not in n and ".tied." not in n} == set()
@@ -481,7 +482,7 @@ def test_config_is_for_people(saved: Path) -> None:
     config = json.loads(text)
     digest = hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest()
     assert config == {
-        "format": 1,
+        "format": 2,
         "version": __version__,
         "model": "HVAE",
         "decomposition": {"class": "FFT2Real", "arguments": {"size": [4, 4], "channels": 1, "scales": [1, 2, 4]}},
@@ -495,6 +496,7 @@ def test_config_is_for_people(saved: Path) -> None:
             "head": "grid",
             "sigma": 0.1,
             "band_input": True,
+            "condition": None,
         },
         "dtype": "float32",
         "sha256": digest,
@@ -594,9 +596,11 @@ def test_what_an_earlier_version_wrote_loads(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(data)
     (tmp_path / CONFIG).write_text(FORMAT_1 % hashlib.sha256(data).hexdigest())
     model = HVAE.from_pretrained(tmp_path)
-    state = model.state_dict()
-    assert state.keys() == tensors.keys()
-    assert all(torch.equal(state[k], v) for k, v in tensors.items())
+    state, parts = model.state_dict(), {"start": "decoder", "subsets": "decoder"}
+    parts |= {"calibrated": "standardization", "magnitude": "standardization"}
+    known = {f"{parts[k.split('.')[0]]}.{k}" if k.split(".")[0] in parts else k: v for k, v in tensors.items()}
+    assert state.keys() == known.keys()
+    assert all(torch.equal(state[k], v) for k, v in known.items())
 
 
 # Damage.
@@ -650,13 +654,13 @@ def test_files_of_two_models_are_refused(own: Path, tmp_path: Path) -> None:
         (CONFIG, b"\xff\xfe", r"config\.json is no JSON"),
         (CONFIG, b"[" * 100_000, r"config\.json is no JSON"),
         (CONFIG, b"format: 1", r"config\.json is no JSON"),
-        (CONFIG, b"[1]", r"config\.json must hold an object with the key 'format', 1"),
+        (CONFIG, b"[1]", r"config\.json must hold an object with the key 'format', 1 to 2"),
         (CONFIG, b"null", r"config\.json must hold an object"),
         (CONFIG, b"{}", r"config\.json must hold an object"),
         (CONFIG, b'{"format": "1"}', r"config\.json must hold an object"),
         (CONFIG, b'{"format": true}', r"config\.json must hold an object"),
         (CONFIG, b'{"format": 0}', r"config\.json must hold an object"),
-        (CONFIG, b'{"format": 2}', r"config\.json has format 2; .* reads up to 1: upgrade"),
+        (CONFIG, b'{"format": 3}', r"config\.json has format 3; .* reads up to 2: upgrade"),
         (CONFIG, b'{"format": 1}', r"model\.safetensors is truncated or altered: .*config\.json says None"),
         (CONFIG, b'{"format": 1, "sha256": [2]}', r"model\.safetensors is truncated or altered: .*says \[2\]"),
         (WEIGHTS, b"", r"model\.safetensors is truncated or altered"),
@@ -719,14 +723,19 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda c, t: c["options"].update(head="round"), "'round' is no ScaleHead of this library"),
     (lambda c, t: c["options"].update(head="FFT2Real"), "'FFT2Real' is no ScaleHead of this library"),
     (lambda c, t: c["options"].update(width=3), "must have shape"),
-    (lambda c, t: c["options"].update(band_input=False), r"tensors \['subsets.0.layers.0.look.*'\] are unexpected"),
+    (lambda c, t: c["options"].update(band_input=False),
+     r"tensors \['decoder.subsets.0.layers.0.residual_conv.*'\] are unexpected"),
     (lambda c, t: c["options"].update(blocks=2), r"tensors \['.*'\] are missing"),
-    (lambda c, t: t.pop("start"), r"tensors \['start'\] are missing"),
+    (lambda c, t: t.pop("decoder.start"), r"tensors \['decoder.start'\] are missing"),
     (lambda c, t: t.update(extra=torch.ones(1)), r"tensors \['extra'\] are unexpected"),
-    (lambda c, t: t.update(start=torch.ones(1, 2, 1)), r"start must have shape \(1, 2, 1, 1\), got \(1, 2, 1\)"),
-    (lambda c, t: t.update(start=torch.ones(1, 2, 1, 1).int()), "start must be torch.float32, got torch.int32"),
-    (lambda c, t: t.update(calibrated=torch.tensor(1.0)), "calibrated must be torch.int64, got torch.float32"),
-    (lambda c, t: t.update(calibrated=torch.tensor(1).int()), "must be torch.int64, got torch.int32"),
+    (lambda c, t: t.update({"decoder.start": torch.ones(1, 2, 1)}),
+     r"start must have shape \(1, 2, 1, 1\), got \(1, 2, 1\)"),
+    (lambda c, t: t.update({"decoder.start": torch.ones(1, 2, 1, 1).int()}),
+     "start must be torch.float32, got torch.int32"),
+    (lambda c, t: t.update({"standardization.calibrated": torch.tensor(1.0)}),
+     "calibrated must be torch.int64, got torch.float32"),
+    (lambda c, t: t.update({"standardization.calibrated": torch.tensor(1).int()}),
+     "must be torch.int64, got torch.int32"),
 ]  # fmt: skip
 
 
@@ -743,7 +752,7 @@ def test_bad_calls(own: Path, tmp_path: Path) -> None:
     HVAE.from_pretrained(own, classes=[RingDCT, OwnHead])
     bad: Any
     for bad in (nn.Linear, "tests.helpers.zoo:RingDCT", RingDCT((4, 4), 1)):
-        with pytest.raises(TypeError, match="classes must hold Decomposition and ScaleHead subclasses"):
+        with pytest.raises(TypeError, match="classes must hold subclasses of Decomposition, ScaleHead, "):
             HVAE.from_pretrained(own, classes=[bad])
     for missing in (tmp_path / "missing", str(tmp_path / "missing"), "./missing", "missing", "../a/b", own / CONFIG):
         with pytest.raises(ValueError, match="is neither a folder nor an id 'owner/name'"):
@@ -803,7 +812,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_model_or_the_new_one(power: Simpl
         model_folder.write(folder, {"number": number}, {"number": torch.tensor(number)}, "card")
 
     def load(folder: Path) -> int:
-        settings, tensors = model_folder.read(folder)
+        settings, tensors, _ = model_folder.read(folder)
         assert settings["number"] == int(tensors["number"])
         return int(settings["number"])
 

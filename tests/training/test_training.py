@@ -416,7 +416,7 @@ def test_checkpoints_are_written_along_the_way(tmp_path: Path) -> None:
 def edited() -> HVAE:
     """A model whose code has changed since, but not what it was built with."""
     model = fresh()
-    model.start = torch.nn.Parameter(torch.zeros(2))
+    model.decoder.start = torch.nn.Parameter(torch.zeros(2))
     return model
 
 
@@ -431,7 +431,7 @@ def wavelet_model(wavelet: str) -> HVAE:
         ({"model": lambda: tiny(FFT1Real(4, scales=[1, 2, 4]), layers=1)}, r"another model .*'scales': \(\[1, 4\], \["),
         ({"model": lambda: fresh(sigma=0.2)}, r"another model .*: {'options': {'sigma': \(0\.1, 0\.2\)}}"),
         ({"model": lambda: wavelet_model("db2")}, r"another model .*'class': \('FFT1Real', 'Wavelet1'\)"),
-        ({"model": edited}, r"another model: .* start with shape \(1, 6, 1\) there and \(2,\) here"),
+        ({"model": edited}, r"another model: .* decoder.start with shape \(1, 6, 1\) there and \(2,\) here"),
         ({"data": lambda: waves(seed=5)}, "belongs to a run with other settings or data .*checksum"),
         ({"data": lambda: waves().index_fill(0, torch.tensor([39]), 0.0)}, r"settings or data .*checksum"),
         ({"data": lambda: waves(39)}, r"settings or data .*'count': \(40, 39\)"),
@@ -521,11 +521,11 @@ def frozen(*names: str) -> HVAE:
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
-        (("encoder.", "start"), r"True for start"),
+        (("encoder.", "decoder.start"), r"True for decoder.start"),
         (("encoder.scales.",), r"False for encoder\.stem\.weight, encoder\.stem\.bias"),
         (
-            ("encoder.stem.", "start"),
-            r"True for start and False for (encoder\.scales\.\S+, ){2}encoder\.scales\.\S+ and \d+ more",
+            ("encoder.stem.", "decoder.start"),
+            r"True for decoder.start and False for (encoder\.scales\.\S+, ){2}encoder\.scales\.\S+ and \d+ more",
         ),
     ],
     ids=["frozen", "thawed", "both"],
@@ -545,9 +545,9 @@ def test_a_checkpoint_of_other_trained_parameters_is_refused(
 
 
 def test_a_run_with_frozen_parameters_resumes(tmp_path: Path) -> None:
-    model, whole = frozen("encoder.", "start"), frozen("encoder.", "start")
+    model, whole = frozen("encoder.", "decoder.start"), frozen("encoder.", "decoder.start")
     train(model, checkpoint=tmp_path, augment=Interrupt(3))
-    model = frozen("encoder.", "start")
+    model = frozen("encoder.", "decoder.start")
     train(model, checkpoint=tmp_path)
     train(whole)
     assert same(weights(model), weights(whole))

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from separable_hvae import HVAE, DataTerm, FFT1Real, Identity, KnownBands, MAPRefiner, Measurement, Result, Signal
 from separable_hvae.data_terms.base import BoundTerm, Misfit
-from separable_hvae.model.hvae import Observation
+from separable_hvae.nn.decoder import Observation
 from separable_hvae.refine import Compiled, CudaGraphs, Eager, Execution
 from separable_hvae.refine.execution import cuda_graphs
 from separable_hvae.refine.execution.base import Function
