@@ -21,4 +21,18 @@ _ALL: tuple[type[Decomposition], ...] = (
 DECOMPOSITIONS: dict[str, type[Decomposition]] = {kind.__name__: kind for kind in _ALL}
 """The library's own decompositions, by the name that a saved configuration calls them."""
 
-__all__ = ["DECOMPOSITIONS", "Decomposition", "LawReport", *DECOMPOSITIONS]
+__all__ = [
+    "DECOMPOSITIONS",
+    "Decomposition",
+    "FFT1Complex",
+    "FFT1Real",
+    "FFT2Complex",
+    "FFT2Real",
+    "FFT3Complex",
+    "FFT3Real",
+    "Identity",
+    "LawReport",
+    "Wavelet1",
+    "Wavelet2",
+    "Wavelet3",
+]

@@ -237,7 +237,7 @@ class HVAE(nn.Module):
         if self.condition is None:
             check_absent(condition)
             return None
-        return self.decoder.conditions(self.condition.features(condition, batch, generator))
+        return self.decoder.conditions(self.condition.embed(condition, batch, generator))
 
     def result(self, passes: Sequence[SubsetPass], dtype: torch.dtype, x: Tensor | None = None) -> Result:
         """Gather a pass, with the reconstruction in ``dtype`` and, given data, its likelihood."""

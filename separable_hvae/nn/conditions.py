@@ -104,7 +104,7 @@ class Condition(nn.Module, ABC):
         count = len(decomp.scales) if self.dropout else 0
         self.unknown = nn.ParameterList(nn.Parameter(torch.zeros(1, width, *ones)) for _ in range(count))
 
-    def features(self, condition: Any, batch: int, generator: torch.Generator | None = None) -> ConditionFeatures:
+    def embed(self, condition: Any, batch: int, generator: torch.Generator | None = None) -> ConditionFeatures:
         """What the networks see of the conditions of ``batch`` samples, dropped at random in training.
 
         Raises:
@@ -180,16 +180,12 @@ class VectorCondition(Condition):
 
     def __init__(self, features: int, *, dropout: float = 0.0) -> None:
         super().__init__(dropout=dropout)
-        self.length = check_integer("features", features, 1)
-
-    @override
-    def config(self) -> dict[str, Any]:
-        return {"features": self.length, "dropout": self.dropout}
+        self.features = check_integer("features", features, 1)
 
     @override
     def build(self, decomp: Decomposition, *, width: int, bottleneck: int, blocks: int, gain: float) -> None:
         self.dims = decomp.dims
-        self.enter = nn.Linear(self.length, width)
+        self.enter = nn.Linear(self.features, width)
         self.leave = nn.ModuleList(nn.Linear(width, width) for _ in decomp.scales)
         for layer in self.leave:
             nn.init.normal_(cast(nn.Linear, layer).weight, std=gain / math.sqrt(width))
@@ -199,7 +195,7 @@ class VectorCondition(Condition):
     def check(self, condition: Any, batch: int) -> Tensor:
         if not isinstance(condition, Tensor) or condition.dtype not in REAL:
             raise TypeError(f"condition must be a real floating-point tensor, the vectors, got {came_as(condition)}")
-        _check_batch(condition, (self.length,), batch)
+        _check_batch(condition, (self.features,), batch)
         check_finite("condition", condition)
         return condition.to(self.enter.weight)
 
