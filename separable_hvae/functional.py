@@ -78,6 +78,17 @@ def check_finite(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
+def as_plain(x: Tensor) -> Tensor:
+    """A plain tensor of the same numbers where a subclass came that carries data of its own, such as an image's."""
+    is_own = type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
+    return x.as_subclass(Tensor) if is_own and type(x) not in (Tensor, torch.nn.Parameter) else x
+
+
+def is_recomputing() -> bool:
+    """Whether a forward pass runs inside of a backward one, as gradient checkpointing repeats it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def finest(x: Tensor) -> Tensor:
     """Real numbers as float64, or float32 on Apple's GPUs, which have no finer ones."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)

@@ -92,6 +92,8 @@ class Decomposition(_Ready, ABC):
     """
 
     orthonormal: bool = False
+    mean_in_first_band: bool = False
+    """Whether the first band alone hears of a constant signal: heads of the others then have no bias."""
 
     def __init__(
         self, size: int | Sequence[int], channels: int, scales: Sequence[int] | None = None, *, is_complex: bool = False

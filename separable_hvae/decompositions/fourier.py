@@ -104,6 +104,7 @@ class _Fourier(Decomposition):
     """Rings of frequency bins in any number of dimensions; each band is ``(C, K)``."""
 
     orthonormal = True
+    mean_in_first_band = True
     axes: ClassVar[int]
     full_spectrum: ClassVar[bool]
 

@@ -120,6 +120,7 @@ class _Wavelet(Decomposition):
     """Periodized orthogonal wavelet bands in any number of dimensions."""
 
     orthonormal = True
+    mean_in_first_band = True
     axes: ClassVar[int]
 
     def __init__(

@@ -13,6 +13,7 @@ encoder pass, else "from the prior".
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any, Literal, Self, cast
 
@@ -108,7 +109,7 @@ class HVAE(nn.Module):
         if self.condition is not None:
             self.condition.build(self.decomp, gain=gain, **sizes)
             self.condition.build_unknown(self.decomp, width)
-        self.standardization = Standardization()
+        self.standardization = Standardization(self.decomp.real_channels)
         sigma = self._set_sigma(sigma)
         self.config: dict[str, Any] = {
             "layers": counts[0] if is_integer(layers) else counts,
@@ -126,7 +127,7 @@ class HVAE(nn.Module):
         if isinstance(sigma, str):
             if sigma != "learned":
                 raise ValueError(f"sigma must be a positive number or 'learned', got {sigma!r}")
-            self.log_sigma = nn.Parameter(torch.tensor(math.log(0.1)))
+            self.log_sigma = nn.Parameter(torch.tensor(math.log(0.1), dtype=widen(torch.empty(0)).dtype))
             return sigma
         if not is_number(sigma):
             raise TypeError(f"sigma must be a positive number or 'learned', got {shown(sigma)}")
@@ -134,7 +135,7 @@ class HVAE(nn.Module):
         least, most = _SIGMA_RANGE
         if not least <= sigma <= most:
             raise ValueError(f"sigma must be between {least:g} and {most:g}, got {sigma}: rescale the data")
-        self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
+        self.register_buffer("log_sigma", torch.tensor(math.log(sigma), dtype=widen(torch.empty(0)).dtype))
         return sigma
 
     @property
@@ -278,23 +279,34 @@ class HVAE(nn.Module):
         Returns:
             The pass, with ``kl``, ``data`` and ``elbo``.
         """
-        return self.encode(x, temperature=1.0, generator=generator, condition=condition)
+        return self._encode(x, 1.0, generator, condition)
 
     def encode(
-        self, x: Tensor, *, temperature: float = 0.0, generator: torch.Generator | None = None, condition: Any = None
+        self,
+        x: Tensor,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        condition: Any = None,
+        with_grad: bool = False,
     ) -> Result:
         """Amortized inference: reconstruct signals from posterior means, or at a temperature.
 
-        Differentiable: call it under ``torch.no_grad()`` for numbers and pictures. Where bands are not
-        orthonormal, no gradient goes through what coarser bands leave to the targets of finer ones.
+        A graph for gradients is kept in training mode, where ``x`` requires a gradient, or by ``with_grad``. Where
+        bands are not orthonormal, no gradient goes through what coarser bands leave to the targets of finer ones.
 
         Args:
             x: Signals ``(B, C, *size)``.
             temperature: Factor on the posteriors' standard deviation; 0 takes their means, 1 samples.
             generator: Random numbers of the samples.
             condition: What the model's condition takes, one for each sample.
+            with_grad: Whether to keep a graph in evaluation mode too, for gradients of parameters.
         """
         temperature = _check_draws(temperature, generator)
+        with self._graph(with_grad, x, condition):
+            return self._encode(x, temperature, generator, condition)
+
+    def _encode(self, x: Tensor, temperature: float, generator: torch.Generator | None, condition: Any) -> Result:
         seen = self.observe(x)
         conditions = self.conditions(condition, len(x), generator)
         if self.training and not self.is_calibrated:
@@ -332,10 +344,11 @@ class HVAE(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         condition: Any = None,
+        with_grad: bool = False,
     ) -> Result:
         """Decode latents, drawing what is missing from the prior.
 
-        Differentiable: call it under ``torch.no_grad()`` for numbers and pictures.
+        A graph for gradients is kept in training mode, where an entry requires a gradient, or by ``with_grad``.
 
         Args:
             latents: One entry for each layer, coarse to fine: ``(B, latent_channels, *grid)`` or
@@ -345,6 +358,7 @@ class HVAE(nn.Module):
             temperature: Factor on the priors' standard deviation; 0 takes their means.
             generator: Random numbers of the draws.
             condition: What the model's condition takes, one for each sample.
+            with_grad: Whether to keep a graph in evaluation mode too, for gradients of parameters.
 
         Raises:
             TypeError: If an entry is neither a tensor nor ``None``.
@@ -361,9 +375,16 @@ class HVAE(nn.Module):
         for i, z in enumerate(full):
             if z is not None and z.device != self.device:
                 raise ValueError(f"latents[{i}] is on {z.device}, the model on {self.device}")
-        conditions, draws = self.conditions(condition, len(given)), {"temperature": temperature, "generator": generator}
-        passes = self.decoder(full, len(given), None, conditions, until=until, **draws)
-        return self.result(passes, self._signal_dtype(given.dtype))
+        draws: dict[str, Any] = {"temperature": temperature, "generator": generator}
+        with self._graph(with_grad, *full, condition):
+            passes = self.decoder(full, len(given), None, self.conditions(condition, len(given)), until=until, **draws)
+            return self.result(passes, self._signal_dtype(given.dtype))
+
+    def _graph(self, with_grad: bool, *given: Any) -> AbstractContextManager[Any]:
+        """Context in which autograd keeps a graph, if it is on and something asks for one."""
+        check_flag("with_grad", with_grad)
+        asked = with_grad or self.training or any(isinstance(t, Tensor) and t.requires_grad for t in given)
+        return nullcontext() if asked else torch.no_grad()
 
     @torch.no_grad()
     def sample(

@@ -1,12 +1,14 @@
 """What one top-down pass gives."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What one top-down pass gives.
 
@@ -33,6 +35,23 @@ class Result:
     history: Any = None
     refused: Tensor | None = None
 
+    @override
+    def __repr__(self) -> str:
+        dtype = str(self.reconstruction.dtype).removeprefix("torch.")
+        grids = Counter(map(_shape, self.latents))
+        lines = [
+            f"reconstruction {_shape(self.reconstruction)} {dtype}",
+            f"bands          {', '.join(map(_shape, self.bands))}",
+            f"latents        {', '.join(f'{n} × {shape}' for shape, n in grids.items())}",
+        ]
+        kl = None if self.kl is None else self.kl.sum(1)
+        for name, nats in {"nll": self.nll, "kl": kl, "data": self.data, "objective": self.objective}.items():
+            if nats is not None:
+                lines.append(f"{name:14} {float(nats.detach().mean()):.4g} nats on average")
+        if self.refused is not None:
+            lines.append(f"refused        {int(self.refused.sum())} of {len(self.refused)}")
+        return "\n".join([f"{type(self).__name__}:", *(f"  {line}" for line in lines)])
+
     @property
     def elbo(self) -> Tensor:
         """Evidence lower bound in nats: ``(B,)``.
@@ -45,3 +64,7 @@ class Result:
                 "elbo needs a pass that drew its latents from the posterior: use model(x) or model.encode(x)"
             )
         return -(self.data + self.kl.sum(1))
+
+
+def _shape(x: Tensor) -> str:
+    return f"({', '.join(map(str, x.shape))})"

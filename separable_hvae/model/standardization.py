@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from separable_hvae._float32 import full_precision
 from separable_hvae._validation import came
 from separable_hvae.decompositions.base import Decomposition
-from separable_hvae.functional import check_finite, finest, pack
+from separable_hvae.functional import as_plain, check_finite, finest, is_recomputing, pack, widen
 from separable_hvae.nn import Subset
 
 _FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
@@ -49,7 +49,7 @@ class BandMoments:
     @classmethod
     def of(cls, band: Tensor) -> "BandMoments":
         """Moments of a batch of bands ``(B, *band_shape)``."""
-        band = finest(band.detach())
+        band = finest(as_plain(band.detach()))
         return cls(len(band), band.mean(0), float(band.square().mean()))
 
     def __add__(self, other: "BandMoments") -> "BandMoments":
@@ -73,17 +73,21 @@ class Standardization(nn.Module):
 
     Attributes:
         calibrated: Batches that the moments were taken of, up to the number that settles them: a scalar.
-        magnitude: Root mean square of the data: a scalar. The encoder sees signals in this unit where it exceeds
-            one: it learns badly from large numbers, and well from small ones.
+        offset: What the encoder sees signals without, ``(real channels,)``: the mean of each channel where the data
+            are far from zero, as Kelvin or counts are, so that a constant costs nothing; zero otherwise.
+        magnitude: Root mean square of the data without it: a scalar. The encoder sees signals in this unit where it
+            exceeds one: it learns badly from large numbers, and well from small ones.
     """
 
     calibrated: Tensor
     magnitude: Tensor
+    offset: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("magnitude", torch.ones(()))
+        self.register_buffer("magnitude", widen(torch.ones(())))
+        self.register_buffer("offset", widen(torch.zeros(channels)))
         self._moments: list[BandMoments] | None = None
 
     @property
@@ -93,7 +97,8 @@ class Standardization(nn.Module):
 
     def scaled(self, x: Tensor) -> Tensor:
         """Packed signals ``(B, C, *size)`` as the encoder sees them."""
-        return x / self.magnitude.clamp_min(1)
+        offset = self.offset.reshape(-1, *[1] * (x.ndim - 2)).to(x.dtype)
+        return (x - offset) / self.magnitude.clamp_min(1).to(x.dtype)
 
     @torch.no_grad()
     def calibrate(self, subsets: Sequence[Subset], moments: Sequence[BandMoments]) -> None:
@@ -104,6 +109,8 @@ class Standardization(nn.Module):
     @torch.no_grad()
     def follow(self, subsets: Sequence[Subset], bands: Sequence[Tensor], x: Tensor) -> None:
         """Until settled, follow the moments over the first training batches."""
+        if is_recomputing():  # A batch whose activations were checkpointed comes twice.
+            return
         batches = int(self.calibrated)
         moments = [BandMoments.of(part) for part in (*bands, pack(x))]
         if batches and self._moments is not None:
@@ -117,7 +124,12 @@ class Standardization(nn.Module):
         # New tensors: an earlier pass may still need the old ones for its gradients, and a later one
         # could not use tensors made in inference mode.
         with torch.inference_mode(False):
-            self.magnitude = torch.full_like(self.magnitude, math.sqrt(signals.square) or 1.0)
+            offset = signals.mean.flatten(1).mean(1)
+            centred = max(signals.square - float(offset.square().mean()), 0.0)
+            if float(offset.square().mean()) <= centred:
+                offset, centred = torch.zeros_like(offset), signals.square
+            self.offset = offset.to(self.offset, copy=True)
+            self.magnitude = torch.full_like(self.magnitude, math.sqrt(centred) or 1.0)
             for subset, moment, unit in zip(subsets, bands, units(bands), strict=True):
                 subset.centre = moment.mean.to(subset.centre, copy=True)
                 subset.unit = torch.full_like(subset.unit, unit)
@@ -209,14 +221,16 @@ def warn_of_sigma(least: float, most: float, signals: BandMoments) -> None:
         )
 
 
-def warn_of_other_units(magnitude: float, signals: BandMoments) -> None:
+def warn_of_other_units(settled: Standardization, signals: BandMoments) -> None:
     """Warn if signals are in other units than those that a model was calibrated with.
 
     Args:
-        magnitude: Root mean square of these.
+        settled: What these were.
         signals: Moments of the signals as real numbers.
     """
-    found = math.sqrt(signals.square)
+    magnitude, offset = float(settled.magnitude), finest(settled.offset)
+    mean = signals.mean.flatten(1).mean(1).to(offset)
+    found = math.sqrt(max(signals.square + float((offset * (offset - 2 * mean)).mean()), 0.0))
     if found and not magnitude <= _OTHER_UNITS * found <= _OTHER_UNITS**2 * magnitude:
         warnings.warn(
             f"the data's root mean square is {found:.2g}, that of the data which the model was calibrated with "

@@ -77,6 +77,9 @@ class GridHead(ScaleHead):
         channels, *points = decomp.picture_shape(scale)
         self.points = tuple(points)
         self.emit = conv(width, channels, self.points, gain=EMIT_GAIN)
+        if decomp.mean_in_first_band and scale != decomp.band_scales[0]:
+            # The band hears nothing of a constant: the bias would get gradients of rounding, which Adam blows up.
+            self.emit.bias = None
 
     @override
     def forward(self, context: Tensor) -> Tensor:

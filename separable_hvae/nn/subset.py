@@ -165,8 +165,8 @@ class Subset(nn.Module):
         ]
         self.layers = cast(Sequence[StochasticLayer], nn.ModuleList(stack))
         self.head = head(decomp, self.scale, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
-        self.register_buffer("centre", torch.zeros(decomp.band_shapes[self.scale]))
-        self.register_buffer("unit", torch.ones(()))
+        self.register_buffer("centre", widen(torch.zeros(decomp.band_shapes[self.scale])))
+        self.register_buffer("unit", widen(torch.ones(())))
 
     def evidence(
         self, activations: dict[int, Tensor], target: Tensor, condition: SubsetCondition | None = None

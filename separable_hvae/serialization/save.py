@@ -8,9 +8,11 @@ comes from the caller, or from an import path that the caller agreed to follow.
 
 import importlib
 import inspect
+import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +27,7 @@ from separable_hvae._version import __version__
 from separable_hvae.decompositions import DECOMPOSITIONS, Decomposition
 from separable_hvae.nn import CONDITIONS, HEADS, Condition, ScaleHead
 from separable_hvae.serialization import model_folder
-from separable_hvae.serialization.convert import converted
+from separable_hvae.serialization.convert import converted_settings, converted_tensors
 
 _KEYS = {"version": str, "model": str, "decomposition": dict, "scales": list, "options": dict, "dtype": str}
 _DESCRIBED_KEYS = {"class": str, "arguments": dict}
@@ -56,7 +58,8 @@ S = TypeVar("S", bound=Saveable)
 
 def save(model: Saveable, folder: str | os.PathLike[str]) -> None:
     """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``, see :meth:`HVAE.save_pretrained`."""
-    if _path("folder", folder).is_file():
+    place = _path("folder", folder)
+    if place.is_file():
         raise ValueError(f"folder must be a folder, got the file {folder}")
     kind, arguments = _kind(model), plain("config() of the decomposition", model.decomp.config())
     try:
@@ -65,7 +68,8 @@ def save(model: Saveable, folder: str | os.PathLike[str]) -> None:
         raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
     _check_options(model)
     settings = {"version": __version__, **description(model, arguments)}
-    model_folder.write(Path(folder), settings, _state(cast(nn.Module, model))[0], _card(model))
+    _check_rebuilt(model, settings)
+    model_folder.write(place, settings, _state(cast(nn.Module, model))[0], _card(model))
 
 
 def load(
@@ -88,16 +92,16 @@ def load(
             names = ", ".join(base.__name__ for base in bases)
             raise TypeError(f"classes must hold subclasses of {names}, got {c!r}")
     folder = _folder(source, revision)
-    settings, tensors = converted(*model_folder.read(folder))
+    settings, tensors, version = model_folder.read(folder)
     # Parameters made in inference mode could not be trained; loading is no draw of random numbers.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
-            model = _build(cls, settings, classes, trust_import_paths)
+            model = _build(cls, converted_settings(settings, version), classes, trust_import_paths)
         except Exception as error:
             file = folder / model_folder.CONFIG
             raise ValueError(f"{file} does not describe a {cls.__name__}: {error}") from error
         try:
-            _restore(cast(nn.Module, model), tensors)
+            _restore(cast(nn.Module, model), converted_tensors(tensors, version, cast(nn.Module, model)))
         except ValueError as error:
             raise ValueError(f"{folder / model_folder.WEIGHTS} does not fit the model: {error}") from error
     cast(nn.Module, model).to(device).eval()
@@ -251,6 +255,37 @@ def _check_options(model: Saveable) -> None:
         raise TypeError(f"{kind} takes {missing}, which its config lacks: set self.config[{missing[0]!r}] in __init__")
 
 
+def _check_rebuilt(model: Saveable, settings: dict[str, Any]) -> None:
+    """Raise a ``TypeError`` unless the model that the settings describe takes the tensors and options of this one."""
+    kind, own = type(model), cast(nn.Module, model)
+    classes = [type_before_parametrizations(m) for m in own.modules() if isinstance(m, tuple(_REGISTRIES))]
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            again = _build(kind, json.loads(json.dumps(settings)), classes, trust=False)
+        except Exception as error:
+            raise TypeError(f"{kind.__name__} cannot be built again from its config: {error}") from error
+    here, there = (
+        {name: tuple(t.shape) for name, t in m.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+        for m in (own, cast(nn.Module, again))
+    )
+    wrong = sorted(set(here.items()) ^ set(there.items()))
+    if wrong:
+        raise TypeError(
+            f"{kind.__name__} cannot be loaded again: built from its config, it would not have {wrong[0][0]} of shape "
+            f"{wrong[0][1]} in common with this one. A part that was wrapped (torch.compile), parametrized "
+            "(weight_norm) or exchanged has to be undone first, or made in the constructor"
+        )
+    open_ended = inspect.Parameter.VAR_KEYWORD in {p.kind for p in inspect.signature(kind).parameters.values()}
+    for name, value in vars(again).items() if open_ended else ():
+        is_plain = isinstance(value, (bool, int, float, str, tuple)) and not name.startswith("_") and name != "training"
+        if is_plain and getattr(model, name) != value:
+            raise TypeError(
+                f"{kind.__name__} cannot be loaded again: {name} is {getattr(model, name)!r}, and {value!r} in a model "
+                f"built from its config: set the option that makes it so in self.config"
+            )
+
+
 def _check_keys(place: str, values: dict[str, Any], kinds: Mapping[str, type]) -> None:
     if missing := [place + k for k in kinds if k not in values]:
         raise ValueError(f"keys {missing} are missing")
@@ -296,7 +331,7 @@ def _restore(model: nn.Module, stored: dict[str, Tensor]) -> None:
 def _path(name: str, given: object) -> Path:
     if not isinstance(given, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, got {given!r}")
-    return Path(given)
+    return Path(given).expanduser()
 
 
 def _check_device(device: str | torch.device) -> None:

@@ -185,7 +185,7 @@ def _train(
     if not resumed:
         if model.is_calibrated:
             few = moments_of(batches.first(_JUDGED_BY), model.decomp, model.device)
-            warn_of_other_units(float(model.standardization.magnitude), few[-1])
+            warn_of_other_units(model.standardization, few[-1])
         else:
             model.calibrate(batches.first(_CALIBRATED_ON))
     learner = Trainer(model, options, accelerator, batches.fingerprint)

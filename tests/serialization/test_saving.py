@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from typing_extensions import override
 
 from separable_hvae import (
@@ -266,11 +267,15 @@ def test_tensors_with_several_names_are_stored_once_and_stay_shared(tmp_path: Pa
 
 
 def test_tensors_that_share_memory_are_stored_apart(tmp_path: Path) -> None:
-    model = small(Turned(4))
-    model.decomp.table = torch.arange(4.0)
-    model.decomp.register_buffer("whole", model.decomp.get_buffer("table").view(2, 2))
-    model.decomp.register_buffer("part", model.decomp.get_buffer("table")[1:])
-    model.decomp.register_buffer("wide", torch.ones(()).expand(4))
+    class Sharing(Turned):
+        def __init__(self, size: int, gain: float = 1.0, *, names: Sequence[str] = ("a", "b")) -> None:
+            super().__init__(size, gain, names=names)
+            self.table = torch.arange(4.0)
+            self.register_buffer("whole", self.table.view(2, 2))
+            self.register_buffer("part", self.table[1:])
+            self.register_buffer("wide", torch.ones(()).expand(4))
+
+    model = small(Sharing(4))
     model.decomp.get_parameter("basis").data = torch.arange(16.0).reshape(4, 4).T
     model.save_pretrained(tmp_path)
     stored = safetensors.torch.load_file(tmp_path / WEIGHTS)
@@ -466,9 +471,13 @@ def test_state_that_cannot_be_saved_leaves_the_folder_alone(tmp_path: Path) -> N
         def get_extra_state(self) -> object:
             return {"a": 1}
 
-    double = small(Turned(4))
-    double.decomp.register_buffer("wave", torch.ones(2, dtype=torch.complex128))
-    for model, message in ((small(Extra(4)), "only tensors can be saved"), (double, "complex128 cannot be saved")):
+    class Double(Turned):
+        def __init__(self, size: int, gain: float = 1.0, *, names: Sequence[str] = ("a", "b")) -> None:
+            super().__init__(size, gain, names=names)
+            self.register_buffer("wave", torch.ones(2, dtype=torch.complex128))
+
+    for kind, message in ((Extra, "only tensors can be saved"), (Double, "complex128 cannot be saved")):
+        model = small(kind(4))
         with pytest.raises(TypeError, match=message):
             model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -599,6 +608,8 @@ def test_what_an_earlier_version_wrote_loads(tmp_path: Path) -> None:
     state, parts = model.state_dict(), {"start": "decoder", "subsets": "decoder"}
     parts |= {"calibrated": "standardization", "magnitude": "standardization"}
     known = {f"{parts[k.split('.')[0]]}.{k}" if k.split(".")[0] in parts else k: v for k, v in tensors.items()}
+    offset = state.pop("standardization.offset")
+    assert not offset.any()
     assert state.keys() == known.keys()
     assert all(torch.equal(state[k], v) for k, v in known.items())
 
@@ -941,3 +952,61 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, saved: Path) -> None
         model.push_to_hub("me/mine")
     with pytest.raises(ImportError, match=r"'me/mine' is no folder here, and loading it from the hub needs the extra"):
         HVAE.from_pretrained("me/mine")
+
+
+# What is saved must load.
+
+
+class Forgetful(HVAE):
+    """Takes an option by name and forgets it."""
+
+    def __init__(self, decomp: Decomposition, scales: Sequence[int] | None = None, **options: Any) -> None:
+        self_extra = options.pop("extra", 1)
+        super().__init__(decomp, scales, **options)
+        self.extra = self_extra
+
+
+class Mindful(Forgetful):
+    """Takes an option by name and keeps it."""
+
+    def __init__(self, decomp: Decomposition, scales: Sequence[int] | None = None, **options: Any) -> None:
+        super().__init__(decomp, scales, **options)
+        self.config["extra"] = self.extra
+
+
+def test_wrapped_parts_are_refused(tmp_path: Path) -> None:
+    wrapped = small(FFT2Real(4, channels=1))
+    cast(Any, wrapped).encoder = torch.compile(wrapped.encoder, backend="eager")
+    normed = small(FFT2Real(4, channels=1))
+    weight_norm(normed.subsets[0].layers[0].inject)
+    exchanged = small(FFT2Real(4, channels=1))
+    exchanged.encoder.stem = nn.Conv2d(1, 2, 5, padding=2)
+    for model, name in ((wrapped, r"encoder\."), (normed, r"inject\."), (exchanged, r"encoder\.stem")):
+        with pytest.raises(TypeError, match=rf"HVAE cannot be loaded again: .* it would not have .*{name}"):
+            model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_options_by_keyword_are_kept_or_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"layers": 1, "width": 2, "bottleneck": 2, "blocks": 1}
+    Forgetful(FFT2Real(4, channels=1), **options).save_pretrained(tmp_path / "default")
+    with pytest.raises(TypeError, match="extra is 5, and 1 in a model built from its config"):
+        Forgetful(FFT2Real(4, channels=1), extra=5, **options).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    Mindful(FFT2Real(4, channels=1), extra=5, **options).save_pretrained(tmp_path / "kept")
+    assert Mindful.from_pretrained(tmp_path / "kept").extra == 5
+
+
+def test_a_tilde_is_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    model = small(FFT2Real(4, channels=1))
+    model.save_pretrained("~/models/one")
+    assert (tmp_path / "models" / "one" / CONFIG).is_file()
+    assert same(model, HVAE.from_pretrained("~/models/one"))
+
+
+def test_a_model_without_the_biases_that_bands_cannot_hear(tmp_path: Path) -> None:
+    model = small(FFT2Real(4, channels=1), head="grid")
+    names = [name for name in model.state_dict() if name.endswith("head.emit.bias")]
+    assert names == ["decoder.subsets.0.head.emit.bias"]
