@@ -47,7 +47,10 @@ def pillow(x: Array, **options: Any) -> Callable[[Path], None]:
 
 
 def tiff(x: Array, **options: Any) -> Callable[[Path], None]:
-    return lambda path: tifffile.imwrite(path, x, **options)
+    def write(path: Path) -> None:
+        tifffile.imwrite(path, x, **options)
+
+    return write
 
 
 def portable(x: Array, top: int) -> Callable[[Path], None]:
