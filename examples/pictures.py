@@ -5,6 +5,7 @@
 Folders hold other things too. Whatever looks like a picture and cannot be read is named and left out.
 """
 
+import mimetypes
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ def read(path: Path) -> Image.Image:
     greys from 0 to 1; signed integers have no black and white and are refused.
 
     Raises:
-        ValueError: If the file is missing, damaged, no picture, too large (:data:`PIL.Image.MAX_IMAGE_PIXELS`), or
-            its samples have no known range; the message names file and reason.
+        ValueError: If the file is missing, damaged, no picture, larger than twice ``Image.MAX_IMAGE_PIXELS``, or its
+            samples have no known range; the message names file and reason.
     """
     try:
         # Of a path, Pillow maps the file into memory, and turns some TIFFs wrongly.
@@ -61,8 +62,9 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def looks_like_a_picture(path: Path) -> bool:
-    """Whether a file's name ends as those of pictures do."""
-    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+    """Whether a file's name ends as those of pictures do, of kinds too that Pillow does not know."""
+    named, _ = mimetypes.guess_type(path.name.lower())
+    return (named or "").startswith("image/") or Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
 
 def pictures(folder: Path) -> Iterator[tuple[Path, Image.Image]]:

@@ -164,6 +164,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "bomb.png": (bomb(), "cannot be read: Image size (3600000000 pixels) exceeds limit"),
     "empty.png": (b"", "is no picture that Pillow knows"),
     "text.jpeg": (b"hello", "is no picture that Pillow knows"),
+    "drawing.SVG": (b"<svg/>", "is no picture that Pillow knows"),
 }
 
 
