@@ -1,5 +1,6 @@
 """Real images to work with: embedded digits, a folder of pictures, CIFAR-10's official archive."""
 
+import lzma
 import tarfile
 import zlib
 from pathlib import Path
@@ -18,19 +19,21 @@ def digits() -> Tensor:
 
 
 def tiles(folder: Path, side: int = 32) -> Tensor:
-    """The pictures of a folder, shrunk to at most 4 tiles across and cut into tiles (N, 3, side, side) in [-1, 1]."""
-    from PIL import Image, UnidentifiedImageError
+    """The pictures of a folder, shrunk to at most 4 tiles across and cut into tiles (N, 3, side, side) in [-1, 1].
+
+    Raises:
+        ValueError: If there is no such folder.
+        SystemExit: If it gives fewer than 100 tiles.
+    """
+    from pictures import pictures, to_tensor
+    from PIL import Image
 
     cut: list[Tensor] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        try:
-            picture = Image.open(path).convert("RGB")
-        except UnidentifiedImageError:
-            continue
+    for _, picture in pictures(folder):
         shrink = min(1.0, 4 * side / min(picture.size))
         width, height = (max(side, round(n * shrink)) for n in picture.size)
-        x = torch.from_numpy(np.array(picture.resize((width, height), Image.Resampling.BOX)))
-        x = x[: height - height % side, : width - width % side].permute(2, 0, 1) / 127.5 - 1
+        x = to_tensor(picture.resize((width, height), Image.Resampling.BOX))
+        x = x[:, : height - height % side, : width - width % side]
         cut.append(x.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1))
     found = torch.cat(cut) if cut else torch.empty(0, 3, side, side)
     if len(found) < 100:
@@ -57,10 +60,11 @@ def cifar10(source: Path, *, train: bool, side: int = 32) -> Tensor:
     if side < 1 or 32 % side:
         raise ValueError(f"side must be 32 or a divisor of it, got {side}")
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
-    inside = [p for p in (source / CIFAR_FOLDER, source / CIFAR_ARCHIVE) if p.exists()]
+    inside = [p for p in (source / CIFAR_FOLDER, source / CIFAR_ARCHIVE) if p.exists() or p.is_symlink()]
     where = inside[0] if inside else source
     if not where.exists():
-        raise ValueError(f"{where} does not exist; it should be CIFAR-10's {CIFAR_ARCHIVE} or its folder")
+        missing = "is a dead link" if where.is_symlink() else "does not exist"
+        raise ValueError(f"{where} {missing}; it should be CIFAR-10's {CIFAR_ARCHIVE} or its folder")
     batches = _unpacked(where, names) if where.is_dir() else _archived(where, names)
     records = np.concatenate([_records(where / name, batches[name]) for name in names])
     x = torch.from_numpy(records[:, 1:]).reshape(-1, 3, 32, 32) / 127.5 - 1
@@ -69,6 +73,8 @@ def cifar10(source: Path, *, train: bool, side: int = 32) -> Tensor:
 
 def _unpacked(folder: Path, names: list[str]) -> dict[str, bytes]:
     for name in names:
+        if (folder / name).is_symlink() and not (folder / name).exists():
+            raise ValueError(f"{folder / name} is a dead link")
         if not (folder / name).is_file():
             pickles = ", only the Python version, which is not read" if (folder / "data_batch_1").exists() else ""
             raise ValueError(f"{folder} has no {name}{pickles}: CIFAR-10's binary version is needed")
@@ -87,7 +93,10 @@ def _archived(archive: Path, names: list[str]) -> dict[str, bytes]:
                     found[name] = file.read()
                 else:
                     others.append(name)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            # The checksum of the whole is at its end.
+            while tar.fileobj.read(2**20):  # type: ignore[union-attr]
+                pass
+    except (tarfile.TarError, EOFError, KeyError, zlib.error, lzma.LZMAError, OSError) as error:
         raise ValueError(f"{archive} is truncated or no tar archive: {error}") from error
     if missing := [name for name in names if name not in found]:
         held = f"it holds {', '.join(others[:5])}" if others else "it is empty"

@@ -8,8 +8,6 @@ Time is each process's own CPU time on one thread, so runs beside each other do 
 another. Writes results.json and results.md; finished runs in results.json are not repeated.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterable
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from console import arguments, read_json, write_json
 from data import cifar10, digits
 from torch import Tensor
 
@@ -96,7 +95,7 @@ def table(results: Iterable[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is missing and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--cifar10", type=Path, help="unpacked archive cifar-10-batches-bin")
     parser.add_argument(
         "--seconds", type=float, default=30, help="CPU seconds of training on digits; 1.5 times that on CIFAR-10"
@@ -108,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
-    results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    results: list[dict[str, Any]] = read_json(path) if path.exists() else []
     keys = ("dataset", "decomposition", "head", "band_input", "seed", "seconds")
     done = {tuple(r[k] for k in keys) for r in results}
     datasets = ["digits", *(["cifar10"] if args.cifar10 else [])]
@@ -120,9 +119,9 @@ def main() -> None:
         futures = [pool.submit(run, w[0], args.cifar10, *w[1:]) for w in missing]
         for i, future in enumerate(as_completed(futures), 1):
             results.append(future.result())
-            path.write_text(json.dumps(results, indent=1))
+            write_json(path, results)
             print(f"{i}/{len(futures)}", {k: results[-1][k] for k in (*keys, "objective")}, flush=True)
-    (args.out / "results.md").write_text(table(results))
+    (args.out / "results.md").write_text(table(results), encoding="utf-8")
     print(table(results))
 
 

@@ -9,7 +9,6 @@ iterative inference (from the prior) and hybrid inference, with the library's de
 results.md, quality.png (quality against N) and scales.png (every scale's output).
 """
 
-import argparse
 import json
 import math
 import platform
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from console import arguments, write_json
 from matplotlib.figure import Figure
 from metrics import extractor, fid, importance_bound, pictures, psnr, squared_error, ssim
 from setups import Setup
@@ -71,7 +71,7 @@ def load(run: Path, device: str) -> tuple[HVAE, Setup]:
     """
     path = run / "setup.json"
     try:
-        setup = Setup(**json.loads(path.read_text()))
+        setup = Setup(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not what train.py leaves: {error}") from error
     return HVAE.from_pretrained(run / "model", device=device).to(memory_format=torch.channels_last), setup
@@ -205,7 +205,7 @@ def device_name(device: str) -> str:
 
 def main() -> None:
     """Measure every row and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("run", type=Path, help="folder that train.py wrote")
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10's archive, or fastMRI's folder")
     parser.add_argument("--label", help="what to call the data in tables (default: the setup's name)")
@@ -253,8 +253,8 @@ def main() -> None:
             row["improved"] = float((error < means[id(method.model)]).float().mean())
         report["rows"].append(row)
         print(f"{method.name:28} N = {method.steps:3d}  MSE {row['mse']:9.4g}  NLL {row['nll']:8.3f}", flush=True)
-        (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-        (args.out / "results.md").write_text(markdown(report))
+        write_json(args.out / "results.json", report)
+        (args.out / "results.md").write_text(markdown(report), encoding="utf-8")
     draw(report).savefig(args.out / "quality.png", dpi=110)
     refined = MAPRefiner()(model, x[:6])
     progressive(model.decomp, refined.bands, x[:6]).savefig(args.out / "scales.png", dpi=110)

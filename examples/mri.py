@@ -7,11 +7,14 @@ Several coils y_c = S_c x become one, either weighted by their sensitivities (es
 k-space), x̂ = Σ_c S̄_c y_c, or as the strongest singular direction of all coils' samples (SVD compression).
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import h5py
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -73,6 +76,7 @@ def combine_by_svd(coils: Tensor) -> Tensor:
     return torch.einsum("c,schw->shw", vectors[:, -1].conj().to(coils.dtype), coils)
 
 
+UNUSABLE = ("refuse", "leave out")
 COMBINE = {"sensitivity": combine_by_sensitivity, "svd": combine_by_svd}
 
 
@@ -89,28 +93,34 @@ def volume(
         coils: How several coils become one.
 
     Raises:
-        ValueError: If the file is truncated, foreign, undersampled, empty, not finite or smaller than the
-            crop; the message names file and reason.
+        ValueError: If the file is missing, truncated, foreign, undersampled, empty, not finite or smaller than
+            the crop; the message names file and reason.
     """
+    if not path.exists():
+        raise ValueError(f"{path} {'is a dead link' if path.is_symlink() else 'does not exist'}")
     try:
         with h5py.File(path) as file:
             if "kspace" not in file:
                 raise ValueError(f"{path} has no 'kspace', only {sorted(file)}")
             if "mask" in file:
                 raise ValueError(f"{path} has a 'mask': its k-space is undersampled and gives no images to learn from")
-            kspace = torch.from_numpy(file["kspace"][()])
-            own = [file[k].shape[-2:] for k in ("reconstruction_esc", "reconstruction_rss") if k in file]
-    except (OSError, TypeError, RuntimeError) as error:
+            samples = _read(file["kspace"])
+            names = [k for k in ("reconstruction_esc", "reconstruction_rss") if k in file and not crop]
+            own = [(k, getattr(file[k], "shape", None)) for k in names[:1]]
+    except (OSError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} is truncated or no HDF5 volume: {error}") from error
-    if not kspace.is_complex() or kspace.ndim not in (3, 4) or not kspace.numel():
-        raise ValueError(
-            f"{path}: kspace must be complex (slices, H, W) or (slices, coils, H, W), "
-            f"got {kspace.dtype} of shape {tuple(kspace.shape)}"
-        )
+    if samples is None or samples.dtype.kind != "c" or samples.ndim not in (3, 4) or not samples.size:
+        got = "a group" if samples is None else f"{samples.dtype} of shape {samples.shape}"
+        raise ValueError(f"{path}: kspace must be complex (slices, H, W) or (slices, coils, H, W), got {got}")
+    for name, shape in own:
+        if shape is None or len(shape) < 2 or min(shape[-2:]) < 1:
+            got = "a group" if shape is None else f"shape {shape}"
+            raise ValueError(f"{path}: {name} must be images (slices, H, W), got {got}; or say what to crop")
+    kspace = torch.from_numpy(samples.astype(np.complex64))
     if not bool(torch.isfinite(torch.view_as_real(kspace)).all()):
         raise ValueError(f"{path}: kspace must be finite, got NaN or infinity")
-    image = to_image(kspace.to(torch.complex64))
-    side = crop or min(own[0] if own else image.shape[-2:])
+    image = to_image(kspace)
+    side = crop or min(own[0][1][-2:] if own else image.shape[-2:])
     if min(image.shape[-2:]) < side:
         raise ValueError(f"{path}: slices of {image.shape[-2]}×{image.shape[-1]} are smaller than the crop, {side}")
     if image.ndim == 4:
@@ -125,7 +135,20 @@ def volume(
     return (image / unit.to(torch.float32))[:, None]
 
 
-def fastmri(root: Path, *, train: bool, size: int = 128, crop: int | None = None, coils: str = "sensitivity") -> Tensor:
+def _read(dataset: Any) -> npt.NDArray[Any] | None:
+    """All samples of a dataset; ``None`` of a group."""
+    return np.asarray(dataset[()]) if isinstance(dataset, h5py.Dataset) else None
+
+
+def fastmri(
+    root: Path,
+    *,
+    train: bool,
+    size: int = 128,
+    crop: int | None = None,
+    coils: str = "sensitivity",
+    unusable: str = "refuse",
+) -> Tensor:
     """All slices of a set, complex ``(N, 1, size, size)``, each volume with a mean square of one per real number.
 
     Args:
@@ -134,15 +157,31 @@ def fastmri(root: Path, *, train: bool, size: int = 128, crop: int | None = None
         size: See :func:`volume`.
         crop: See :func:`volume`.
         coils: See :func:`volume`.
+        unusable: ``"refuse"`` raises at the first volume that cannot be used, ``"leave out"`` names each on stderr
+            and goes on without it.
 
     Raises:
         ValueError: If there are no volumes, or one cannot be used; the message names file and reason.
     """
+    if unusable not in UNUSABLE:
+        raise ValueError(f"unusable must be one of {UNUSABLE}, got {unusable!r}")
     if coils not in COMBINE:
         raise ValueError(f"coils must be one of {sorted(COMBINE)}, got {coils!r}")
     part = "train" if train else "val"
     folders = [root / f"{kind}_{part}" for kind in ("singlecoil", "multicoil")]
-    files = [p for folder in folders if folder.is_dir() for p in sorted(folder.glob("*.h5"))]
+    files = [p for folder in folders if folder.is_dir() for p in sorted(folder.glob("[!.]*.h5"))]
     if not files:
         raise ValueError(f"{root} has no volumes: no *.h5 in {' or '.join(f.name for f in folders)}")
-    return torch.cat([volume(path, size, crop, coils) for path in files])  # type: ignore[arg-type]
+    volumes: list[Tensor] = []
+    for path in files:
+        try:
+            volumes.append(volume(path, size, crop, coils))  # type: ignore[arg-type]
+        except ValueError as error:
+            if unusable == "refuse":
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not volumes:
+        raise ValueError(f"{root} has no volume that can be used: all {len(files)} were left out")
+    if len(volumes) < len(files):
+        print(f"{root}: {len(volumes)} volumes, {len(files) - len(volumes)} left out", file=sys.stderr)
+    return torch.cat(volumes)

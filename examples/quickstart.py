@@ -6,11 +6,11 @@
 Prints one table and writes two pictures into ./quickstart/.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
+from console import arguments
 from data import digits, tiles
 
 from separable_hvae import HVAE, MAPRefiner, Result, Wavelet2, fit
@@ -19,7 +19,7 @@ from separable_hvae.plots import comparison, progressive
 
 def main() -> None:
     """Train, refine, print the table, write the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="train on the pictures of this folder")
     parser.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed repeats the numbers")
@@ -27,7 +27,10 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    images = tiles(args.images) if args.images else digits()
+    try:
+        images = tiles(args.images) if args.images else digits()
+    except ValueError as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
     images = images[torch.randperm(len(images))]
     held_out, images = images[: len(images) // 6], images[len(images) // 6 :]
 

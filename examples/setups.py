@@ -94,7 +94,7 @@ def phase(x: Tensor, generator: torch.Generator) -> Tensor:
 
 SECTIONS = ("data", "model", "training")
 AUGMENTATIONS: dict[str, Augmentation] = {"flip": flip, "phase": phase}
-DATA = {"cifar10": {"size", "augment"}, "fastmri": {"size", "augment", "crop", "coils"}}
+DATA = {"cifar10": {"size", "augment"}, "fastmri": {"size", "augment", "crop", "coils", "unusable"}}
 
 
 def read(path: Path, *, tiny: bool = False) -> Setup:

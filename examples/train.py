@@ -11,7 +11,6 @@ after the step at hand; --resume goes on as if nothing had happened.
 
 import argparse
 import inspect
-import json
 import re
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from console import arguments, write_json
 from PIL import Image
 from setups import Setup, read
 from torch import Tensor
@@ -82,7 +82,7 @@ def train(setup: Setup, source: Path, out: Path, accelerator: Accelerator, **opt
         log=out / "log.jsonl",
         callback=show,
         settings={"setup": setup.plain()},
-        progress=sys.stderr.isatty(),
+        progress=sys.stderr is not None and sys.stderr.isatty(),
         accelerator=accelerator,
         **wanted,
     )
@@ -91,7 +91,7 @@ def train(setup: Setup, source: Path, out: Path, accelerator: Accelerator, **opt
 
 def main() -> None:
     """Read the arguments, train, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("setup", type=Path, help="configuration file")
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10's archive, or fastMRI's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; many machines must all see it")
@@ -120,7 +120,7 @@ def main() -> None:
         raise SystemExit(f"{parser.prog}: {error}") from error
     if accelerator.is_main_process:
         model.save_pretrained(args.out / "model")
-        (args.out / "setup.json").write_text(json.dumps(setup.plain(), indent=2) + "\n")
+        write_json(args.out / "setup.json", setup.plain())
         print(f"{report.steps} steps in {report.seconds:.0f} s; {args.out / 'model'} holds the averaged weights")
     if report.interrupted:
         raise SystemExit(f"{parser.prog}: stopped at step {report.steps}; --resume goes on")

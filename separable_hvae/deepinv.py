@@ -63,7 +63,8 @@ def reconstructor(
             :meth:`Measurement.correct`.
 
     Raises:
-        ImportError: If deepinv is not installed; it comes with the extra ``deepinv``.
+        ImportError: If deepinv is not installed, it comes with the extra ``deepinv``; or if its torchvision is
+            built for another torch.
         TypeError: If the model is no HVAE or the refiner no Refiner.
         ValueError: If factor is zero.
     """
@@ -71,6 +72,10 @@ def reconstructor(
         from deepinv.models import Reconstructor
     except ImportError as error:
         raise ImportError(f'reconstructor needs deepinv: pip install "separable-hvae[deepinv]" ({error})') from error
+    except RuntimeError as error:
+        raise ImportError(
+            f"deepinv does not import beside this torch, torchvision must be built for it ({error})"
+        ) from error
     if not isinstance(model, HVAE):
         raise TypeError(f"model must be an HVAE, got {type(model).__name__}")
     if not isinstance(refiner, Refiner):

@@ -1,8 +1,8 @@
 """Pictures of results: what each scale adds, how reconstructions compare, how sure they are, how refinement went.
 
 Images are shown as they are, volumes by the three planes through their centre, and signals of one axis as
-curves over the original, pale behind them. Needs matplotlib (extra ``examples``). Every function returns a
-figure and leaves global state alone.
+curves over the original, pale behind them. Needs matplotlib (extra ``plots``). Every function returns a
+figure, which notebooks show, and leaves global state alone.
 """
 
 import math
@@ -165,11 +165,12 @@ def convergence(histories: Mapping[str, History]) -> "Figure":
 def _figure(pad: float | None = None, **options: Any) -> "Figure":
     """Make an empty figure with ``pad`` inches around each panel, ``None`` being matplotlib's own."""
     try:
-        from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        from separable_hvae._figure import NotebookFigure
     except ImportError as error:
-        raise ImportError('pictures need the extra "examples": pip install "separable-hvae[examples]"') from error
-    return Figure(layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad), **options)
+        raise ImportError('pictures need the extra "plots": pip install "separable-hvae[plots]"') from error
+    return NotebookFigure(layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad), **options)
 
 
 _Named = Sequence[tuple[str, Tensor]]

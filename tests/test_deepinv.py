@@ -1,6 +1,7 @@
 """A model and a refiner as a deepinv reconstructor, and deepinv's physics as operators."""
 
-import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from separable_hvae import HVAE, FFT2Complex, GaussianNoise, MAPRefiner, Measurement, PoissonNoise, Wavelet2
 from separable_hvae.deepinv import reconstructor
+from tests.helpers.deepinv import require_deepinv
 from tests.helpers.zoo import signal
 
 REFINER = MAPRefiner(3, schedule="joint")
@@ -20,24 +22,26 @@ def small(decomp: Any) -> HVAE:
     return model
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepinv") is not None, reason="deepinv is installed")
-def test_without_deepinv_the_error_names_the_extra() -> None:
+def test_without_deepinv_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("deepinv", "deepinv.models"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r'pip install "separable-hvae\[deepinv\]"'):
+        reconstructor(small(Wavelet2(8, "haar", 1)), REFINER)
+
+
+def test_where_deepinv_does_not_import_the_error_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deepinv").mkdir()
+    (tmp_path / "deepinv" / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepinv"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match=r"torchvision must be built for it .*torchvision::nms does not exist"):
         reconstructor(small(Wavelet2(8, "haar", 1)), REFINER)
 
 
 @pytest.fixture(scope="module")
 def deepinv() -> Any:
-    if importlib.util.find_spec("deepinv") is None:
-        pytest.skip("deepinv is not installed")
-    # The published torchvision is built for CUDA: beside a CPU torch two of its operators are missing.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name, dets in (("nms", "Tensor dets"), ("qnms", "Tensor dets")):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}({dets}, Tensor scores, float iou_threshold) -> Tensor")
-    module = pytest.importorskip("deepinv")
-    module.kept = library
-    return module
+    return require_deepinv()
 
 
 @pytest.mark.parametrize("kind", ["inpainting", "blur", "downsampling", "no adjoint"])

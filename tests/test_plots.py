@@ -1,10 +1,15 @@
+import io
 import math
+import pickle
+import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from separable_hvae import FFT1Complex, FFT2Complex, Identity, Wavelet1, Wavelet2, Wavelet3
 from separable_hvae.plots import comparison, convergence, progressive, uncertainty
@@ -28,6 +33,27 @@ def curves(figure: Any) -> dict[str, list[list[Numbers]]]:
         name = axes.get_ylabel() or name
         rows.setdefault(name, []).append([np.asarray(line.get_ydata()) for line in axes.get_lines()])
     return rows
+
+
+def test_figures_show_themselves_in_notebooks() -> None:
+    decomp, x = Wavelet2(8, channels=1), torch.rand(2, 1, 8, 8)
+    for figure in (
+        comparison(x, {"a": 0.5 * x}),
+        pickle.loads(pickle.dumps(progressive(decomp, decomp.analysis(x), x))),
+    ):
+        assert isinstance(figure, Figure)
+        with Image.open(io.BytesIO(figure._repr_png_())) as shown:  # type: ignore[attr-defined]
+            assert shown.size == tuple((figure.get_size_inches() * figure.dpi).astype(int))
+            assert np.asarray(shown.convert("L")).std() > 10
+
+
+def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "separable_hvae._figure", raising=False)
+    x = torch.rand(1, 1, 4, 4)
+    with pytest.raises(ImportError, match=r'pip install "separable-hvae\[plots\]"'):
+        comparison(x, {"a": x})
 
 
 def test_progressive_ends_in_the_signal() -> None:

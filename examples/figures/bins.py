@@ -5,7 +5,7 @@
 A real image keeps one bin of each conjugate pair, the others follow; a complex image keeps every bin.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from separable_hvae import Decomposition, FFT2Complex, FFT2Real
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # Before installed packages: one is called evaluate.
+from console import arguments
 
 
 def owners(decomp: Decomposition) -> NDArray[np.int64]:
@@ -53,7 +56,7 @@ def draw(size: int) -> Figure:
 
 def main() -> None:
     """Write the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("bins.png"))
     args = parser.parse_args()

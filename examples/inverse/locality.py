@@ -8,11 +8,16 @@ is 0 where what was measured splits into targets of single bands, so that subset
 """
 
 import math
+import sys
+from pathlib import Path
 
 import torch
-from problems import Case, cases
 
 from separable_hvae import Decomposition, FFT2Complex, FFT2Real, Wavelet2
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # Before installed packages: one is called evaluate.
+from console import arguments
+from problems import Case, cases
 
 
 def coupling(decomp: Decomposition, case: Case) -> float:
@@ -33,6 +38,7 @@ def coupling(decomp: Decomposition, case: Case) -> float:
 
 def main() -> None:
     """Print a table for images of 16×16 points."""
+    arguments(__doc__).parse_args()
     names = ["FFT2", "Wavelet2, Haar", "Wavelet2, db2"]
     print(f"{'':28}" + "".join(f"{name:>18}" for name in names))
     for is_complex in (False, True):

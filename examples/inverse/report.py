@@ -88,7 +88,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def draw(case: Case, x: Tensor, solved: Mapping[str, Tensor], mean: Tensor | None, deviation: Tensor | None) -> Figure:
-    """Three images: original, some methods, and the uncertainty; log-magnitude k-space below each.
+    """Up to three images: original, some methods, and the uncertainty; log-magnitude k-space below each.
 
     Real images of fewer than 16 pixels on a side, whose k-space shows little, go without.
     """
@@ -97,7 +97,7 @@ def draw(case: Case, x: Tensor, solved: Mapping[str, Tensor], mean: Tensor | Non
     if mean is not None and deviation is not None:
         columns |= {"mean of draws": mean, "σ of draws": deviation}
     kinds = ["image", "k-space"] if x.is_complex() or x.shape[-1] >= 16 else ["image"]
-    rows = [(i, kind) for i in range(3) for kind in kinds]
+    rows = [(i, kind) for i in range(min(3, *map(len, columns.values()))) for kind in kinds]
     figure = Figure(figsize=(1.5 * len(columns), 1.6 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for (i, kind), line in zip(rows, axes, strict=True):

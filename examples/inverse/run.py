@@ -12,9 +12,8 @@ again. Writes results.json, results.md and a picture of each problem. `--problem
 that a slow machine can do one after the other.
 """
 
-import argparse
-import json
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import Sparsity, TotalVariation, WaveletSparsity, pnp_hvae, sparse
-from problems import Case, cases
-from report import CHOSEN, SWEPT, draw, known_error, markdown, quality, significance
-from subjects import of_digits, of_files, of_runs, of_volumes
 from torch import Tensor
 
 from separable_hvae import HVAE, MAPRefiner, posterior_draws
 from separable_hvae.refine import Scale
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # Before installed packages: one is called evaluate.
+from baselines import Sparsity, TotalVariation, WaveletSparsity, pnp_hvae, sparse
+from console import arguments, read_json, write_json
+from problems import Case, cases
+from report import CHOSEN, SWEPT, draw, known_error, markdown, quality, significance
+from subjects import of_digits, of_files, of_runs, of_volumes
 
 WEIGHTS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4]
 TEMPERATURES = [0.7, 0.85, 1.0]
@@ -122,7 +124,7 @@ def uncertainty(
 
 def main() -> None:
     """Train or load, run every method on every problem, write tables and pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="run of train.py, or folder of save_pretrained (default: train one)")
     parser.add_argument("--vanilla", type=Path, help="the same of an Identity model of the same size")
     source = parser.add_mutually_exclusive_group()
@@ -161,7 +163,7 @@ def main() -> None:
     model, x, clean = subject.model, subject.held[: args.count], subject.train[:16]
     rows = methods(model, subject.vanilla, x.shape[-1], args.steps)
     path = args.out / "results.json"
-    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"problems": {}}
+    report: dict[str, Any] = read_json(path) if path.exists() else {"problems": {}}
     report |= {"label": args.label or subject.label, "images": len(x), "steps": args.steps, "draws": args.draws}
     for case, tuning in zip(cases(x, model.decomp), cases(clean, model.decomp, seed=1), strict=True):
         if not any(part in case.name for part in args.problems):
@@ -177,9 +179,10 @@ def main() -> None:
             table[name] = quality(solved[name], x) | {"ms": 1e3 * seconds / len(x), "weight": weight}
             shown = ", ".join(f"{k} {table[name][k]['mean']:.4g}" for k in ("psnr", "ssim", "nmse"))
             print(f"  {name:28} {shown}, {table[name]['ms']:.1f} ms/image", flush=True)
-        few = x[: args.uncertain]
-        calibration, mean, deviation = uncertainty(model, case, few, args.steps, args.draws, args.batch)
-        print(f"  {calibration}", flush=True)
+        few, calibration, mean, deviation = x[: args.uncertain], {}, None, None
+        if len(few):
+            calibration, mean, deviation = uncertainty(model, case, few, args.steps, args.draws, args.batch)
+            print(f"  {calibration}", flush=True)
         measure = "nmse" if x.is_complex() else "psnr"
         found = {"methods": table, "measure": measure, "p": significance(table, measure), "calibration": calibration}
         if case.known is not None:
@@ -187,8 +190,8 @@ def main() -> None:
         report["problems"][case.name] = found
         name = re.sub("[^a-z0-9]+", "-", case.name.lower())
         draw(case, x, solved, mean, deviation).savefig(args.out / f"{name}.png", dpi=110)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        (args.out / "results.md").write_text(markdown(report))
+        write_json(path, report)
+        (args.out / "results.md").write_text(markdown(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Images with the models that solve their problems: runs of examples/train.py, files, or small ones trained here."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from data import digits
+from evaluate import load
+from mri import fastmri
+from setups import flip, phase
 from torch import Tensor
 
 from separable_hvae import HVAE, Identity, Wavelet2, fit
-
-EXAMPLES = str(Path(__file__).resolve().parents[1])
-if EXAMPLES not in sys.path:
-    sys.path.insert(1, EXAMPLES)  # Before installed packages: one is called evaluate, too.
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,6 @@ def of_runs(run: Path, vanilla: Path | None, source: Path) -> Subject:
     Raises:
         ValueError: If a folder holds no finished run, the runs have different images, or these cannot be read.
     """
-    from evaluate import load
-
     model, setup = load(run, "cpu")
     other, its = load(vanilla, "cpu") if vanilla else (None, setup)
     if (its.dataset, its.data["size"]) != (setup.dataset, setup.data["size"]):
@@ -65,8 +62,6 @@ def of_files(folder: Path, vanilla: Path | None, images: Path) -> Subject:
 
 def of_digits(folder: Path, steps: int) -> Subject:
     """Scikit-learn's handwritten digits in [-1, 1], with models that are trained unless the folder has them."""
-    from data import digits
-
     x = digits()
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     return Subject("digits, 8×8", x[300:], x[:300], *trained(x[300:], folder, steps))
@@ -78,8 +73,6 @@ def of_volumes(source: Path, folder: Path, steps: int, side: int = 32) -> Subjec
     Raises:
         ValueError: If the volumes cannot be read.
     """
-    from mri import fastmri
-
     train, held = (fastmri(source, train=part, size=side) for part in (True, False))
     return Subject(f"fastMRI, {side}×{side}", train, held, *trained(train, folder, steps))
 
@@ -110,6 +103,4 @@ def trained(images: Tensor, folder: Path, steps: int) -> tuple[HVAE, HVAE]:
 
 def vary(x: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of complex images and turn the phase of each."""
-    from setups import flip, phase
-
     return phase(flip(x, generator), generator)

@@ -11,9 +11,8 @@ Memory is what autograd keeps for the backward pass of the largest problem, weig
 Writes depth.json and depth.png.
 """
 
-import argparse
-import json
 import statistics
+import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -28,6 +27,9 @@ from torch import Tensor
 
 from separable_hvae import HVAE, Decomposition, FFT2Real, Identity, MAPRefiner
 from separable_hvae.refine import Eager
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # Before installed packages: one is called evaluate.
+from console import arguments, write_json
 
 SIDE = 32
 METHODS: dict[str, tuple[type[Decomposition], dict[str, Any]]] = {
@@ -143,7 +145,7 @@ def law(axes: Axes, results: list[dict[str, Any]], name: str, column: str, unit:
 
 def main() -> None:
     """Measure and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--by", choices=["layers", "scales"], default="layers", help="what makes models deeper")
     parser.add_argument("--depths", type=int, nargs="+", help="layers of each of 6 scales, or numbers of scales")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
@@ -187,7 +189,7 @@ def main() -> None:
             results.append({"method": label, "depth": depth, "scales": len(scales), **watch.summary(), "bytes": kept})
             median = 1e3 * results[-1]["median"]
             print(f"L = {depth:4d}  {label:36} {median:10.1f} ms {kept / 2**20:9.2f} MiB", flush=True)
-        (args.out / "depth.json").write_text(json.dumps({**settings, "results": results}, indent=1))
+        write_json(args.out / "depth.json", {**settings, "results": results})
     draw(results, title).savefig(args.out / "depth.png", dpi=160)
 
 

@@ -9,9 +9,8 @@ Without --model, untrained models of RGB signals with Fourier bands. Every execu
 before it is timed; what that took is reported too. Writes inference.json and inference.md.
 """
 
-import argparse
-import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ import torch
 from timing import EXECUTIONS, seconds
 
 from separable_hvae import HVAE, FFT2Real, MAPRefiner
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # Before installed packages: one is called evaluate.
+from console import arguments, write_json
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -37,7 +39,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="folder of save_pretrained, instead of the next four options")
     parser.add_argument("--size", type=int, default=8)
     parser.add_argument("--layers", type=int, default=2, help="layers of each scale; scales are 1, 2, 4, … size")
@@ -80,10 +82,9 @@ def main() -> None:
                 measured = {"median": statistics.median(times), "low": min(times), "high": max(times), "ready": ready}
                 results.append({"schedule": schedule, "execution": execution, "batch": batch, **measured})
                 print(table(results).splitlines()[-1], flush=True)
-    (args.out / "inference.json").write_text(
-        json.dumps({**settings, "depth": model.depth, "results": results}, indent=1)
-    )
-    (args.out / "inference.md").write_text(f"{device}, L = {model.depth}, N = {args.steps}\n\n{table(results)}")
+    write_json(args.out / "inference.json", {**settings, "depth": model.depth, "results": results})
+    about = f"{device}, L = {model.depth}, N = {args.steps}"
+    (args.out / "inference.md").write_text(f"{about}\n\n{table(results)}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ methods being timed in turns.
 Writes quality.json, quality.md, quality.png and guidance.png.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -29,7 +27,8 @@ from torch import Tensor
 
 from separable_hvae import HVAE, Decomposition, FFT2Real, Identity, MAPRefiner, Result, Wavelet2, fit
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # Before installed packages: one is called evaluate.
+from console import arguments, write_json
 from data import cifar10, digits
 
 MODELS: dict[str, type[Decomposition]] = {"Haar": Wavelet2, "Fourier": FFT2Real, "vanilla": Identity}
@@ -211,7 +210,7 @@ def draw_trade(trades: dict[str, list[dict[str, float]]], amortized: dict[str, d
 
 def main() -> None:
     """Train what is missing, tune, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--cifar10", type=Path, help="unpacked archive cifar-10-batches-bin, instead of digits")
     parser.add_argument("--seconds", type=float, default=90, help="CPU seconds of training for each model")
     parser.add_argument("--models", type=Path, help="folder of trained models (default: OUT/models)")
@@ -245,10 +244,8 @@ def main() -> None:
         amortized[name] = curves[name]["joint"]["points"][0]
     title = f"CPU, {args.threads} thread(s), batch {args.batch}; {'CIFAR-10 at 16×16' if args.cifar10 else 'digits'}"
     settings = {"torch": torch.__version__, "title": title, "seconds": args.seconds, "held_out": args.held_out}
-    (args.out / "quality.json").write_text(
-        json.dumps({**settings, "curves": curves, "guidance": trades}, indent=1, default=str)
-    )
-    (args.out / "quality.md").write_text(table(curves))
+    write_json(args.out / "quality.json", {**settings, "curves": curves, "guidance": trades})
+    (args.out / "quality.md").write_text(table(curves), encoding="utf-8")
     print(table(curves))
     draw(curves, title).savefig(args.out / "quality.png", dpi=130)
     draw_trade(trades, amortized).savefig(args.out / "guidance.png", dpi=130)

@@ -14,6 +14,7 @@ import pytest
 
 import separable_hvae
 from separable_hvae import FFT2Complex, FFT2Real
+from tests.helpers.deepinv import require_deepinv
 from tests.helpers.pages import PAGES, ROOT, TUTORIALS, blocks, program, run
 
 
@@ -52,6 +53,8 @@ def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("shortened")
 @pytest.mark.parametrize(("page", "source"), examples())
 def test_example_runs(page: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "import deepinv" in source:
+        require_deepinv()
     monkeypatch.chdir(tmp_path)
     run(page, source)
     if page in TUTORIALS:

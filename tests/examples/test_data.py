@@ -1,3 +1,7 @@
+import gzip
+import io
+import lzma
+import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -60,6 +64,56 @@ def test_a_truncated_archive(tmp_path: Path, kept: float) -> None:
     path = spoil(write_cifar(tmp_path, archive=True), lambda raw: raw[: int(kept * len(raw))])
     with pytest.raises(ValueError, match=re.escape(str(path)) + " (is truncated or no tar archive|has no)"):
         data.cifar10(path, train=False)
+
+
+def members(*infos: tuple[tarfile.TarInfo, bytes]) -> bytes:
+    with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w") as tar:
+        for info, content in infos:
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_flipped_byte_in_an_archive(tmp_path: Path, train: bool) -> None:
+    whole = bytearray(gzip.compress(gzip.decompress(write_cifar(tmp_path, archive=True).read_bytes()), 0))
+    pixel = records(2, 5 if not train else 2)[0, 1:65].tobytes()
+    at = whole.index(pixel)
+    (path := tmp_path / "flipped.tar.gz").write_bytes(whole)
+    assert len(data.cifar10(path, train=train)) == (10 if train else 2)
+    whole[at] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=re.escape(f"{path} is truncated or no tar archive: CRC check failed")):
+        data.cifar10(path, train=train)
+
+
+def test_a_damaged_xz_archive(tmp_path: Path) -> None:
+    whole = bytearray(lzma.compress(gzip.decompress(write_cifar(tmp_path, archive=True).read_bytes())))
+    (path := tmp_path / "cifar.tar.xz").write_bytes(whole)
+    assert len(data.cifar10(path, train=False)) == 2
+    whole[len(whole) // 2] ^= 255
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=re.escape(f"{path} is truncated or no tar archive: ")):
+        data.cifar10(path, train=False)
+
+
+def test_a_dead_link_in_an_archive(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("test_batch.bin")
+    info.type, info.linkname = tarfile.SYMTYPE, "nowhere"
+    (path := tmp_path / "links.tar").write_bytes(members((info, b"")))
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*nowhere"):
+        data.cifar10(path, train=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes symbolic links")
+@pytest.mark.parametrize(
+    "name", ["cifar-10-binary.tar.gz", "cifar-10-batches-bin", "cifar-10-batches-bin/test_batch.bin"]
+)
+def test_dead_links(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is a dead link")):
+        data.cifar10(tmp_path, train=False)
 
 
 def test_foreign_archives(tmp_path: Path) -> None:

@@ -340,8 +340,8 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(solve, "pnp_hvae", partial(baselines.pnp_hvae, steps=3))
     out, numbers = tmp_path / "out", {"--steps": 1, "--draws": 2, "--uncertain": 4, "--batch": 5, "--count": 8}
 
-    def run(problem: str, **options: Path) -> Any:
-        given = {f"--{name}": path for name, path in options.items()} | numbers
+    def run(problem: str, **options: object) -> Any:
+        given = numbers | {f"--{name}": value for name, value in options.items()}
         arguments = [str(a) for pair in given.items() for a in pair]
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--out", str(out), "--problems", problem])
         solve.main()
@@ -366,6 +366,27 @@ def test_the_example_writes_a_table_of_every_method(tmp_path: Path, call: Callab
     torch.save(images, tmp_path / "images.pt")
     with pytest.raises(SystemExit, match="must hold a dictionary of 'train' and 'held', got Tensor"):
         call("deblur", **paths)
+
+
+@pytest.mark.parametrize(("count", "uncertain"), [(8, 2), (2, 1), (8, 0)])
+def test_few_images_make_few_rows(tmp_path: Path, call: Callable[..., Any], count: int, uncertain: int) -> None:
+    images = 0.5 * torch.randn(14, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.save({"train": images[:6], "held": images[6:]}, tmp_path / "images.pt")
+    small(Wavelet2(8, "haar", 1)).save_pretrained(tmp_path / "separable")
+    paths = {"model": tmp_path / "separable", "images": tmp_path / "images.pt"}
+    (found,) = call("deblur", **paths, count=count, uncertain=uncertain)["problems"].values()
+    assert set(found["calibration"]) == ({"within 1σ", "within 2σ", "rms error", "rms σ"} if uncertain else set())
+    assert ("posterior draws" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")) == (uncertain > 0)
+    assert (tmp_path / "out" / "deblur-bands-to-4-known.png").exists()
+
+
+def test_as_many_rows_as_there_are_images() -> None:
+    decomp = Wavelet2(8, "haar", 1)
+    x = signal(decomp, 5, torch.float32)
+    case = problems.cases(x, decomp)[0]
+    for count, rows in ((1, 1), (2, 2), (5, 3)):
+        figure = report.draw(case, x, {report.CHOSEN: x}, x[:count], x[:count].abs())
+        assert len(figure.axes) == 4 * rows
 
 
 def run_folder(folder: Path, decomposition: str, size: int) -> Path:

@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,12 @@ def test_a_truncated_file(tmp_path: Path, kept: int) -> None:
         (noise(1, 20, 16), {"reconstruction": (24, 24)}, {}, "slices of 20×16 are smaller than the crop, 24"),
         (noise(1, 16, 16), {}, {"size": 32}, "images of 16×16 points cannot be resampled to 32×32"),
         (noise(1, 16, 16), {"mask": np.ones(16)}, {}, "has a 'mask': its k-space is undersampled"),
-        (noise(16, 16), {}, {}, "kspace must be complex (slices, H, W) or (slices, coils, H, W), got torch.complex64"),
+        (
+            noise(16, 16),
+            {},
+            {},
+            "kspace must be complex (slices, H, W) or (slices, coils, H, W), got complex64 of shape (16, 16)",
+        ),
         (noise(0, 16, 16), {}, {}, "kspace must be complex (slices, H, W) or (slices, coils, H, W), got"),
         (noise(1, 16, 16) * 0, {}, {}, "kspace is zero everywhere"),
         (noise(1, 16, 16) * np.inf, {}, {}, "kspace must be finite, got NaN or infinity"),
@@ -185,8 +191,77 @@ def test_real_kspace_is_refused(tmp_path: Path) -> None:
         mri.volume(tmp_path / "a.h5", 8)
 
 
+@pytest.mark.parametrize("dtype", ["<c8", ">c8", "<c16", ">c16"])
+def test_byte_order_and_precision_of_kspace(tmp_path: Path, dtype: str) -> None:
+    image = noise(2, 16, 16)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("kspace", data=kspace(image).astype(dtype), dtype=dtype)
+    found = mri.volume(tmp_path / "a.h5", 16)
+    assert found.dtype == torch.complex64
+    np.testing.assert_allclose(found[:, 0].numpy(), normalised(image), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("reconstruction_esc", 3.0, "reconstruction_esc must be images (slices, H, W), got shape ()"),
+        (
+            "reconstruction_rss",
+            np.zeros((2, 0, 0)),
+            "reconstruction_rss must be images (slices, H, W), got shape (2, 0",
+        ),
+        ("reconstruction_esc", None, "reconstruction_esc must be images (slices, H, W), got a group"),
+        ("kspace", None, "kspace must be complex (slices, H, W) or (slices, coils, H, W), got a group"),
+        ("kspace", h5py.SoftLink("/nowhere"), "component not found"),
+        ("kspace", h5py.ExternalLink("nowhere.h5", "/a"), ""),
+        ("kspace", h5py.Empty("c8"), "kspace must be complex"),
+        ("kspace", "text", "kspace must be complex"),
+        ("kspace", np.zeros(3, [("real", "f4"), ("imag", "f4")]), "kspace must be complex"),
+    ],
+)
+def test_volumes_of_another_layout(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    path = write(tmp_path / "a.h5", noise(2, 16, 16))
+    with h5py.File(path, "a") as file:
+        if name in file:
+            del file[name]
+        if value is None:
+            file.create_group(name)
+        else:
+            file[name] = value
+    with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + re.escape(message)):
+        mri.volume(path, 8)
+    if name != "kspace":
+        assert mri.volume(path, 8, crop=16).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="makes symbolic links")
+def test_volumes_are_left_out_if_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "singlecoil_train"
+    good = [write(folder / name, noise(2, 20, 16)) for name in ("a.h5", "d.h5")]
+    (folder / "._a.h5").write_bytes(b"\0\5\26\7")  # What macOS leaves beside a file.
+    expected = torch.cat([mri.volume(path, 8, crop=16) for path in good])
+    assert torch.equal(mri.fastmri(tmp_path, train=True, size=8, crop=16), expected)
+    narrow = write(folder / "b.h5", noise(2, 20, 12))
+    (dead := folder / "c.h5").symlink_to(folder / "nowhere")
+    with pytest.raises(ValueError, match=re.escape(f"{narrow}: slices of 20×12 are smaller than the crop, 16")):
+        mri.fastmri(tmp_path, train=True, size=8, crop=16)
+    with pytest.raises(ValueError, match=re.escape(f"{dead} is a dead link")):
+        mri.fastmri(tmp_path, train=True, size=8, crop=12)
+    assert torch.equal(mri.fastmri(tmp_path, train=True, size=8, crop=16, unusable="leave out"), expected)
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"left out: {narrow}: slices of")
+    assert second == f"left out: {dead} is a dead link"
+    assert last == f"{tmp_path}: 2 volumes, 2 left out"
+    for path in good:
+        path.unlink()
+    with pytest.raises(ValueError, match="has no volume that can be used: all 2 were left out"):
+        mri.fastmri(tmp_path, train=True, size=8, crop=16, unusable="leave out")
+
+
 def test_bad_sets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} has no volumes: no *.h5 in singlecoil_train or")):
         mri.fastmri(tmp_path, train=True)
+    with pytest.raises(ValueError, match=re.escape("unusable must be one of ('refuse', 'leave out'), got 'skip'")):
+        mri.fastmri(tmp_path, train=True, unusable="skip")
     with pytest.raises(ValueError, match=re.escape("coils must be one of ['sensitivity', 'svd'], got 'rss'")):
         mri.fastmri(tmp_path, train=True, coils="rss")

@@ -228,6 +228,15 @@ def test_epochs_give_steps(tmp_path: Path, source: Path, monkeypatch: pytest.Mon
     assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [1, 2, 3]
 
 
+def test_training_without_a_console(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.toml", MICRO.replace("steps = 30", "steps = 2"))
+    with monkeypatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        call(patch, train, path, "--data", source, "--out", tmp_path / "run")
+    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [1, 2]
+
+
 # evaluate.py.
 
 
