@@ -111,10 +111,11 @@ def pnp_hvae(model: HVAE, problem: Measurement, temperature: float, steps: int =
             evidence = model.decoder.evidence(i, seen, bands)
             for m, layer in enumerate(subset.layers):
                 q = subset.posterior(m, flow, evidence)
-                p = layer(flow, q.mean).prior
+                features = subset.prior_features(m, flow)
+                p = layer(features, q.mean).prior
                 trust, pull = torch.exp(-2 * q.log_sigma), weight * torch.exp(-2 * p.log_sigma)
                 z = (trust * q.mean + pull * p.mean) / (trust + pull)
-                flow = layer(flow, z).context
+                flow = layer(features, z).context
                 latents.append(z)
             passed = subset(context, latents)
             context = passed.context
