@@ -9,6 +9,12 @@ from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.decompositions.fourier import FFT1Complex, FFT1Real, FFT2Complex, FFT2Real, FFT3Complex, FFT3Real
 from separable_hvae.decompositions.identity import Identity
 from separable_hvae.decompositions.wavelet import Wavelet1, Wavelet2, Wavelet3
+from separable_hvae.distributions.likelihood import (
+    DiscretizedLikelihood,
+    GaussianLikelihood,
+    LaplaceLikelihood,
+    Likelihood,
+)
 from separable_hvae.distributions.noise import GaussianNoise, LaplaceNoise, Noise, PoissonNoise
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.model.result import Result
@@ -23,6 +29,7 @@ __all__ = [
     "CoefficientHead",
     "DataTerm",
     "Decomposition",
+    "DiscretizedLikelihood",
     "FFT1Complex",
     "FFT1Real",
     "FFT2Complex",
@@ -30,11 +37,14 @@ __all__ = [
     "FFT3Complex",
     "FFT3Real",
     "FitReport",
+    "GaussianLikelihood",
     "GaussianNoise",
     "GridHead",
     "Identity",
     "KnownBands",
+    "LaplaceLikelihood",
     "LaplaceNoise",
+    "Likelihood",
     "MAPRefiner",
     "Measurement",
     "Noise",

@@ -2,7 +2,7 @@ r"""Hierarchical VAE whose decoder is a sum of linear pieces.
 
     p(z) = Π_l p(z_l | z_<l)                                   eq. 2
     q(z | x) = Π_l q(z_l | x, z_<l)                            eq. 3
-    p(x | z) = N(x; Σ_s B_s h_s(z), σ² I)
+    p(x | z) = N(x; Σ_s B_s h_s(z), σ² I)                      or another likelihood
     −ELBO = −log p(x | z) + Σ_l KL(q_l ‖ p_l)                  nats
 
 One top-down pass serves training, reconstruction, sampling, partial decoding and refinement: latents
@@ -23,20 +23,22 @@ from typing_extensions import override
 
 from separable_hvae._float32 import full_precision
 from separable_hvae._validation import (
+    came,
     check_flag,
     check_generator,
     check_integer,
     check_number,
     is_integer,
-    is_number,
     listed,
     shown,
 )
 from separable_hvae.decompositions.base import Decomposition
+from separable_hvae.distributions.likelihood import GaussianLikelihood, Likelihood, Prediction, warn_of_sigma
 from separable_hvae.functional import check_finite, pack, widen
+from separable_hvae.model import importance
 from separable_hvae.model.latents import complete, require_all
 from separable_hvae.model.result import Result
-from separable_hvae.model.standardization import BandMoments, moments_of, units, warn_of_sigma
+from separable_hvae.model.standardization import BandMoments, moments_of, units
 from separable_hvae.nn.encoder import Encoder
 from separable_hvae.nn.heads import HEADS, ScaleHead
 from separable_hvae.nn.subset import Evidence, Subset, SubsetPass
@@ -44,8 +46,6 @@ from separable_hvae.serialization.save import Pretrained
 
 __all__ = ["HVAE", "Observation", "Result"]
 
-_SIGMA_RANGE = (1e-4, 1e2)
-_LOG_SIGMA_RANGE = (math.log(_SIGMA_RANGE[0]), math.log(_SIGMA_RANGE[1]))
 _WARM_UP_BATCHES = 16
 
 
@@ -78,16 +78,17 @@ class HVAE(Pretrained, nn.Module):
         blocks: Residual blocks of each scale in the encoder, and of each head.
         head: ``"grid"`` (a small signal, then its band), ``"coefficient"`` (the paper's), or a
             :class:`ScaleHead` subclass.
-        sigma: Standard deviation of the likelihood in the data's units, from 1e-4 to 100, or ``"learned"``.
+        sigma: Short for ``likelihood=GaussianLikelihood(sigma)``: its standard deviation in the data's units, from
+            1e-4 to 100, or ``"learned"``; ``None`` takes 0.1 where no likelihood is given.
         band_input: Whether posteriors see what is missing of their target band (the paper: ``False``).
+        likelihood: The density of a signal given what its latents decode to, a :class:`Likelihood`.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is not positive, ``sigma`` is out of range, ``layers`` has another length
-            than ``scales``, or a name is unknown.
+        ValueError: If a number is not positive, ``sigma`` is out of range, or given beside a likelihood, ``layers``
+            has another length than ``scales``, or a name is unknown.
     """
 
-    log_sigma: Tensor
     calibrated: Tensor
     magnitude: Tensor
     """Root mean square of the data that the model was calibrated with: a scalar.
@@ -108,8 +109,9 @@ class HVAE(Pretrained, nn.Module):
         latent_channels: int = 1,
         blocks: int = 3,
         head: str | type[ScaleHead] = "grid",
-        sigma: float | Literal["learned"] = 0.1,
+        sigma: float | Literal["learned"] | None = None,
         band_input: bool = True,
+        likelihood: Likelihood | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(decomp, Decomposition):
@@ -154,7 +156,7 @@ class HVAE(Pretrained, nn.Module):
                 self._warn_of_few_latents(pending, latent_channels)
                 pending = {}
         self.subsets = cast(Sequence[Subset], nn.ModuleList(subsets))
-        sigma = self._set_sigma(sigma)
+        self.likelihood = _likelihood_of(sigma, likelihood, self.decomp).to(self.start.device)
         self._moments: list[BandMoments] | None = None
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
         self.register_buffer("magnitude", torch.ones(()))
@@ -165,8 +167,9 @@ class HVAE(Pretrained, nn.Module):
             "latent_channels": latent_channels,
             "blocks": blocks,
             "head": head,
-            "sigma": sigma,
+            "sigma": self.likelihood.config()["sigma"] if likelihood is None else None,
             "band_input": band_input,
+            "likelihood": likelihood,
         }
 
     def _layers_by_scale(self, layers: int | Sequence[int]) -> list[int]:
@@ -190,21 +193,6 @@ class HVAE(Pretrained, nn.Module):
                 "its band cannot be coded freely; more layers or latent_channels would",
                 stacklevel=3,
             )
-
-    def _set_sigma(self, sigma: float | Literal["learned"]) -> float | Literal["learned"]:
-        if isinstance(sigma, str):
-            if sigma != "learned":
-                raise ValueError(f"sigma must be a positive number or 'learned', got {sigma!r}")
-            self.log_sigma = nn.Parameter(torch.tensor(math.log(0.1)))
-            return sigma
-        if not is_number(sigma):
-            raise TypeError(f"sigma must be a positive number or 'learned', got {shown(sigma)}")
-        sigma = check_number("sigma", sigma, "positive and finite")
-        least, most = _SIGMA_RANGE
-        if not least <= sigma <= most:
-            raise ValueError(f"sigma must be between {least:g} and {most:g}, got {sigma}: rescale the data")
-        self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
-        return sigma
 
     @property
     def scales(self) -> tuple[int, ...]:
@@ -234,9 +222,9 @@ class HVAE(Pretrained, nn.Module):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the decomposition and the units of the data in float32 at least: half precision is for networks."""
-        owners: list[tuple[nn.Module, str]] = [(self, "log_sigma"), (self, "magnitude")]
+        owners: list[tuple[nn.Module, str]] = [(self, "magnitude")]
         owners += [(subset, name) for subset in self.subsets for name in ("centre", "unit")]
-        for module in self.decomp.modules():
+        for module in [*self.decomp.modules(), *self.likelihood.modules()]:
             owners += [(module, name) for name, _ in module.named_parameters(recurse=False)]
             owners += [(module, name) for name, _ in module.named_buffers(recurse=False)]
         before = [cast(Tensor, getattr(owner, name)).detach() for owner, name in owners]
@@ -255,7 +243,13 @@ class HVAE(Pretrained, nn.Module):
     @property
     def sigma(self) -> Tensor:
         """Standard deviation of the likelihood, in the data's units: a scalar."""
-        return self.log_sigma.clamp(*_LOG_SIGMA_RANGE).exp()
+        return self.likelihood.sigma
+
+    @property
+    def log_sigma(self) -> Tensor:
+        """Its logarithm: the tensor that the likelihood keeps, if it keeps one, which may be a parameter."""
+        own = getattr(self.likelihood, "log_sigma", None)
+        return own if isinstance(own, Tensor) else self.sigma.log()
 
     @property
     def is_calibrated(self) -> bool:
@@ -306,16 +300,17 @@ class HVAE(Pretrained, nn.Module):
         until: int | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        posteriors: bool = False,
     ) -> list[SubsetPass]:
-        """Run the subsets, coarse to fine, up to the band of scale ``until``."""
+        """Run the subsets, coarse to fine, up to the band of scale ``until``; ``posteriors`` of given latents too."""
         passes: list[SubsetPass] = []
         context, first = self.start.expand(batch, *self.start.shape[1:]), 0
         for i, subset in enumerate(self.subsets):
             last = first + len(subset.layers)
             given, evidence = latents[first:last], None
-            if seen is not None and any(z is None for z in given):
+            if seen is not None and (posteriors or any(z is None for z in given)):
                 evidence = self.evidence(i, seen, [p.band for p in passes])
-            step = subset(context, given, evidence, temperature=temperature, generator=generator)
+            step = subset(context, given, evidence, temperature=temperature, generator=generator, posteriors=posteriors)
             passes.append(step)
             context, first = step.context, last
             if until is not None and subset.scale >= until:
@@ -338,14 +333,8 @@ class HVAE(Pretrained, nn.Module):
             latents=[z for p in passes for z in p.latents],
             nll=-torch.cat([p.log_prior() for p in passes], dim=1).sum(1),
             kl=kl,
-            data=None if x is None else self.data_nll(reconstruction, x),
+            data=None if x is None else self.likelihood.nll(Prediction(bands, reconstruction), x),
         )
-
-    def data_nll(self, reconstruction: Tensor, x: Tensor) -> Tensor:
-        """``−log N(x; reconstruction, σ² I)`` over real dimensions, in nats: ``(B,)``."""
-        error = (pack(reconstruction) - pack(x)).square().flatten(1).sum(1)
-        log_sigma = self.log_sigma.clamp(*_LOG_SIGMA_RANGE)
-        return 0.5 * error * torch.exp(-2 * log_sigma) + self.decomp.numel * (log_sigma + 0.5 * math.log(2 * math.pi))
 
     # What users call.
 
@@ -392,6 +381,35 @@ class HVAE(Pretrained, nn.Module):
         result = self(x, generator)
         loss: Tensor = ((result.data + kl_weight * result.kl.sum(1)) / self.decomp.numel).mean()
         return loss
+
+    def log_likelihood(self, x: Tensor, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Importance-weighted bound of ``log p(x)`` from posterior samples, in nats: ``(B,)``.
+
+            log (1/K) Σ_k p(x | z_k) p(z_k) / q(z_k | x),        z_k ~ q(z | x)
+
+        One sample estimates the ELBO; the more samples, the tighter in expectation. Runs without gradients, some
+        samples at a time.
+
+        Args:
+            x: Signals ``(B, C, *size)``.
+            samples: Posterior samples K of each signal.
+            generator: Random numbers of the samples.
+        """
+        check_generator(generator)
+        return importance.log_likelihood(self, x, check_integer("samples", samples, 1), generator)
+
+    def log_posterior(self, x: Tensor, latents: Sequence[Tensor]) -> Tensor:
+        """``log q(z | x)`` of given latents, in nats: ``(B,)``.
+
+        Differentiable.
+
+        Args:
+            x: Signals ``(B, C, *size)``.
+            latents: L tensors ``(B, latent_channels, *grid)``, coarse to fine.
+        """
+        latents = require_all("latents", latents, self.latent_shapes, len(x))
+        passes = self.top_down(latents, len(x), self.observe(x), posteriors=True)
+        return importance.log_posterior(passes)
 
     def decode(
         self,
@@ -452,8 +470,8 @@ class HVAE(Pretrained, nn.Module):
         moments = moments_of(data, self.decomp, self.device)
         self._standardise(moments)
         self.calibrated.fill_(_WARM_UP_BATCHES)
-        is_learned = isinstance(self.log_sigma, nn.Parameter)
-        warn_of_sigma(*(_SIGMA_RANGE if is_learned else (float(self.sigma),) * 2), moments[-1])
+        signals = moments[-1]
+        warn_of_sigma(*self.likelihood.sigma_bounds, signals.deviation, signals.mean.numel())
 
     @torch.no_grad()
     def _observe_bands(self, seen: Observation) -> None:
@@ -504,6 +522,23 @@ def _head_class(head: str | type[ScaleHead]) -> Callable[..., ScaleHead]:
     if not (isinstance(head, type) and issubclass(head, ScaleHead)):
         raise TypeError(f"head must be a name or a ScaleHead subclass, got {head!r}")
     return head
+
+
+def _likelihood_of(
+    sigma: float | Literal["learned"] | None, given: Likelihood | None, decomp: Decomposition
+) -> Likelihood:
+    if given is None:
+        return GaussianLikelihood() if sigma is None else GaussianLikelihood(sigma)
+    if not isinstance(given, Likelihood):
+        raise TypeError(f"likelihood must be a Likelihood, got {came(given)}")
+    if sigma is not None:
+        raise ValueError(
+            "sigma is short for likelihood=GaussianLikelihood(sigma): give one of them, "
+            f"got sigma={shown(sigma)} and a {type(given).__name__}"
+        )
+    if decomp.is_complex and not given.complex_signals:
+        raise ValueError(f"{type(given).__name__} is for real signals, {type(decomp).__name__} has complex ones")
+    return given
 
 
 def _check_draws(temperature: float, generator: torch.Generator | None) -> float:

@@ -4,12 +4,6 @@ r"""Standardised bands.
 
 over the training data: m_s for each coefficient, u_s one number for the band. Natural spectra span
 orders of magnitude and have a mean far from zero; networks see and predict numbers of order one.
-
-Against the mean signal, whatever latents say can raise log p(x | z) of a signal by no more than
-
-    E ‖x − m‖² / 2σ²                                                          nats on average,
-
-which they have to pay for with their KL. Where it is a few nats for a whole signal, none will be used.
 """
 
 import math
@@ -25,9 +19,7 @@ from separable_hvae._validation import came
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import check_finite, finest, pack
 
-_FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
 _OTHER_UNITS = 10.0
-_WORTH_LEARNING = 10.0  # Nats.
 
 
 @dataclass
@@ -117,37 +109,6 @@ def units(moments: Sequence[BandMoments]) -> list[float]:
     entries = sum(m.mean.numel() for m in moments)
     rounding = 1e-6 * math.sqrt(sum(m.square * m.mean.numel() for m in moments) / entries)
     return [m.deviation if m.deviation > rounding else 1.0 for m in moments]
-
-
-def warn_of_sigma(least: float, most: float, signals: BandMoments) -> None:
-    """Warn if the likelihood's deviation hides all that signals have to say, or hangs on their every trifle.
-
-    To hide it, it has to be ten times the signals' own, *and* leave less than ten nats for a whole signal: a few
-    bright points on black, or one smooth offset, deviate little on average and can be learnt all the same. Below
-    a two-hundredth of the signals' own, it is finer than half a grey level of most 8-bit images.
-
-    Args:
-        least: Least standard deviation of the likelihood: it may be learned.
-        most: Greatest standard deviation of the likelihood.
-        signals: Moments of the signals as real numbers.
-    """
-    deviation = signals.deviation
-    worth = 0.5 * signals.mean.numel() * (deviation / least) ** 2
-    if 0 < _FAR_ABOVE * deviation < least and worth < _WORTH_LEARNING:
-        warnings.warn(
-            f"sigma is {least:.2g}, but the data deviate from their mean by only {deviation:.2g}: latents could tell "
-            f"at most {worth:.2g} nats of a signal, so that next to nothing will be learnt; rescale the data to a "
-            "deviation near 1, or pass a smaller sigma, a tenth of their deviation to begin with",
-            stacklevel=4,
-        )
-    if most * _FAR_BELOW < deviation:
-        warnings.warn(
-            f"sigma is {most:.2g}, but the data deviate from their mean by {deviation:.2g}: errors of a tenth of that "
-            f"cost {0.5 * (0.1 * deviation / most) ** 2:.2g} nats in each dimension, beside which the KL, and so the "
-            "priors, hardly count; rescale the data to a deviation near 1, or pass a larger sigma, a tenth of their "
-            "deviation to begin with",
-            stacklevel=4,
-        )
 
 
 def warn_of_other_units(magnitude: float, signals: BandMoments) -> None:

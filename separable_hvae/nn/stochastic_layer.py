@@ -5,8 +5,8 @@ r"""One stochastic layer of the top-down hierarchy.
     ĥ_{l+1} = r(ĥ_l + f_p(ĥ_l) + W z_l)                    injection and residual block
 
 ĥ is the context, e the encoder's activation at the layer's scale, and r what the head would not yet say of
-the target band. Log-sigmas are bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities stay finite
-whatever the networks emit.
+the target band. Log-sigmas are bounded, ``log σ = b tanh(a / b)`` of a network's a, so that KL and log-densities stay
+finite whatever the networks emit.
 """
 
 from collections.abc import Sequence
@@ -29,30 +29,30 @@ class LayerPass:
     Attributes:
         context: Its outgoing context.
         z: Its latents.
-        raw: What its prior network says, see :meth:`Gaussian.from_raw`.
+        prior_params: What its prior network says, see :meth:`Gaussian.from_params`.
         posterior: The posterior, where it was asked for.
     """
 
     context: Tensor
     z: Tensor
-    raw: Tensor
+    prior_params: Tensor
     posterior: Gaussian | None
 
     @property
     def prior(self) -> Gaussian:
         """The prior of the latents."""
-        return Gaussian.from_raw(self.raw)
+        return Gaussian.from_params(self.prior_params)
 
 
 class Entry(NamedTuple):
     """What a layer makes of its context alone.
 
     Attributes:
-        raw: What its prior network says of its latents, ``(B, 2·latent_channels, *grid)``.
+        prior_params: What its prior network says of its latents, ``(B, 2·latent_channels, *grid)``.
         context: The context and the prior's features, ``ĥ + f_p(ĥ)``: ``(B, width, *grid)``.
     """
 
-    raw: Tensor
+    prior_params: Tensor
     context: Tensor
 
 
@@ -97,13 +97,13 @@ class StochasticLayer(nn.Module):
         """
         if self.look is not None and missing is not None:
             evidence = evidence + self.look(missing)
-        return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))
+        return Gaussian.from_params(self.posterior(torch.cat([resample(context, self.grid), evidence], dim=1)))
 
     def enter(self, context: Tensor) -> Entry:
         """What the layer makes of a context ``(B, width, *any grid)`` alone, whatever its latents."""
         context = resample(context, self.grid)
-        raw = self.prior(context)
-        return Entry(raw[:, : 2 * self.latent_channels], context + raw[:, 2 * self.latent_channels :])
+        said = self.prior(context)
+        return Entry(said[:, : 2 * self.latent_channels], context + said[:, 2 * self.latent_channels :])
 
     @override
     def forward(
@@ -123,6 +123,6 @@ class StochasticLayer(nn.Module):
         """
         entry = entry or self.enter(context)
         if z is None:
-            z = (posterior or Gaussian.from_raw(entry.raw)).sample(temperature, generator)
+            z = (posterior or Gaussian.from_params(entry.prior_params)).sample(temperature, generator)
         outgoing = self.block(entry.context + self.inject(z.to(entry.context.dtype)))
-        return LayerPass(outgoing, z, entry.raw, posterior)
+        return LayerPass(outgoing, z, entry.prior_params, posterior)

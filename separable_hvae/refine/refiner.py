@@ -60,8 +60,8 @@ class Refiner(ABC):
     Args:
         steps: Steps N, one number or by scale; 0 everywhere is amortized inference.
         guidance: Weight β of the data term, one number or by scale.
-        loss: ``"l2"`` (the model's likelihood), ``"l1"`` (Laplace of the same variance), or a callable
-            ``(h_hat, h) -> (B,)`` in nats.
+        loss: ``"likelihood"`` (the model's own), ``"l2"`` or ``"l1"`` (Gaussian or Laplace of the same variance), or
+            a callable ``(h_hat, h) -> (B,)`` in nats.
         schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, ``"combined"``, or a :class:`Schedule`.
         init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior (fully
             iterative), a list of L tensors from these (a warm start: ``init=previous.latents``).
@@ -88,7 +88,7 @@ class Refiner(ABC):
         steps: int | Mapping[int, int] | Sequence[int] = 25,
         *,
         guidance: ByScale = 1.0,
-        loss: Loss = "l2",
+        loss: Loss = "likelihood",
         schedule: str | Schedule = "scale",
         init: Init | Sequence[Tensor] = "posterior",
         sample: bool = False,
@@ -245,7 +245,7 @@ class Refiner(ABC):
         if not isinstance(x, DataTerm):
             model.decomp.check_signal(x)
             return Signal(x, self.loss)
-        if self.loss != "l2":
+        if self.loss != "likelihood":
             raise ValueError(
                 f"loss is for signals, a data term has its own: got {_brief(self.loss)} beside a {type(x).__name__}. "
                 "Leave loss out (MAPRefiner.paper sets one: use MAPRefiner), or give a Measurement another Noise"

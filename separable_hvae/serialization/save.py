@@ -23,15 +23,21 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from separable_hvae._validation import check_flag, plain
 from separable_hvae._version import __version__
 from separable_hvae.decompositions import DECOMPOSITIONS, Decomposition
+from separable_hvae.distributions.likelihood import LIKELIHOODS, Likelihood
 from separable_hvae.nn.heads import HEADS, ScaleHead
 from separable_hvae.serialization import model_folder
 
 _KEYS = {"version": str, "model": str, "decomposition": dict, "scales": list, "options": dict, "dtype": str}
-_DECOMPOSITION_KEYS = {"class": str, "arguments": dict}
+_CLASS_KEYS = {"class": str, "arguments": dict}
 _CASTS = {"float64": "double", "float32": "float", "bfloat16": "bfloat16", "float16": "half"}
 _HEADS: dict[str, type[ScaleHead]] = {c.__name__: c for c in HEADS.values()}
 
+# What version 0.1.0 called tensors, and options that it did not have.
+_RENAMED_TENSORS = {"log_sigma": "likelihood.log_sigma"}
+_NEW_OPTIONS: dict[str, Any] = {"likelihood": None}
+
 M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", Decomposition, Likelihood)
 
 
 class Pretrained(nn.Module):
@@ -39,6 +45,7 @@ class Pretrained(nn.Module):
 
     decomp: Decomposition
     start: nn.Parameter
+    likelihood: Likelihood
     config: dict[str, Any]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -51,18 +58,16 @@ class Pretrained(nn.Module):
             folder: Where to write; made if it is missing.
 
         Raises:
-            TypeError: If something cannot be saved: what a decomposition of your own was built with
+            TypeError: If something cannot be saved: what a decomposition or likelihood of your own was built with
                 (see :meth:`Decomposition.config`), an option of a subclass that is not in its ``config``,
                 or state that is no tensor of a usual dtype.
             ValueError: If ``folder`` is a file.
         """
         if _path("folder", folder).is_file():
             raise ValueError(f"folder must be a folder, got the file {folder}")
-        kind, arguments = _kind(self), plain("config() of the decomposition", self.decomp.config())
-        try:
-            _rebuilt(kind, arguments)
-        except Exception as error:
-            raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
+        arguments = _arguments(_kind(self), self.decomp)
+        if self.config["likelihood"] is not None:
+            _arguments(type(self.likelihood), self.likelihood)
         _check_options(self)
         settings = {"version": __version__, **description(self, arguments)}
         model_folder.write(Path(folder), settings, _state(self)[0], self._card())
@@ -81,15 +86,15 @@ class Pretrained(nn.Module):
 
         Args:
             source: A folder, or the id ``"owner/name"`` of a model on the Hugging Face hub.
-            classes: Decompositions and heads of your own that the model is made of.
+            classes: Decompositions, heads and likelihoods of your own that the model is made of.
             trust_import_paths: Whether to import classes of your own from the modules that the file
                 names. Importing a module runs it: only for files whose origin you trust.
             device: Where the model goes.
             revision: Branch, tag or commit on the hub.
 
         Raises:
-            TypeError: If ``classes`` holds anything but decompositions and heads, or another argument has
-                the wrong type.
+            TypeError: If ``classes`` holds anything but decompositions, heads and likelihoods, or another
+                argument has the wrong type.
             ValueError: If a file is missing, truncated, altered or of a newer format, or does not fit
                 the model, a class is unknown, or there is no such device; the message names the file and
                 the reason.
@@ -100,8 +105,8 @@ class Pretrained(nn.Module):
         if not isinstance(classes, Sequence):
             raise TypeError(f"classes must be a sequence of classes, got {classes!r}")
         for c in classes:
-            if not (isinstance(c, type) and issubclass(c, (Decomposition, ScaleHead))):
-                raise TypeError(f"classes must hold Decomposition and ScaleHead subclasses, got {c!r}")
+            if not (isinstance(c, type) and issubclass(c, (Decomposition, ScaleHead, Likelihood))):
+                raise TypeError(f"classes must hold Decomposition, ScaleHead and Likelihood subclasses, got {c!r}")
         folder = _folder(source, revision)
         settings, tensors = model_folder.read(folder)
         # Parameters made in inference mode could not be trained; loading is no draw of random numbers.
@@ -113,7 +118,7 @@ class Pretrained(nn.Module):
                     f"{folder / model_folder.CONFIG} does not describe a {cls.__name__}: {error}"
                 ) from error
             try:
-                _restore(model, tensors)
+                _restore(model, {_RENAMED_TENSORS.get(name, name): tensor for name, tensor in tensors.items()})
             except ValueError as error:
                 raise ValueError(f"{folder / model_folder.WEIGHTS} does not fit the model: {error}") from error
         return model.to(device).eval()
@@ -122,15 +127,17 @@ class Pretrained(nn.Module):
     def _build(cls, settings: dict[str, Any], classes: Sequence[type[nn.Module]], trust: bool) -> Self:
         """The model that a configuration describes, untrained."""
         _check_keys("", settings, _KEYS)
-        _check_keys("decomposition.", settings["decomposition"], _DECOMPOSITION_KEYS)
+        _check_keys("decomposition.", settings["decomposition"], _CLASS_KEYS)
         if settings["model"] != cls.__name__:
             raise ValueError(f"its model is {settings['model']!r}")
         if settings["dtype"] not in _CASTS:
             raise ValueError(f"dtype must be one of {sorted(_CASTS)}, got {settings['dtype']!r}")
-        options, described = dict(settings["options"]), settings["decomposition"]
+        options, described = _NEW_OPTIONS | settings["options"], settings["decomposition"]
         kind = _class(Decomposition, described["class"], DECOMPOSITIONS, classes, trust)  # type: ignore[type-abstract]
         if isinstance(options.get("head"), str) and options["head"] not in HEADS:
             options["head"] = _class(ScaleHead, options["head"], _HEADS, classes, trust)
+        if options["likelihood"] is not None:
+            options["likelihood"] = _likelihood(options["likelihood"], classes, trust)
         model = cls(_rebuilt(kind, described["arguments"]), scales=settings["scales"], **options)
         if missing := sorted(set(model.config) - set(options)):
             raise ValueError(f"options {missing} are missing")
@@ -201,6 +208,9 @@ def description(model: Pretrained, arguments: dict[str, Any]) -> dict[str, Any]:
     options = dict(model.config)
     if isinstance(options["head"], type):
         options["head"] = _name(options["head"], _HEADS)
+    if options["likelihood"] is not None:
+        kind, given = type(model.likelihood), plain("config() of the likelihood", model.likelihood.config())
+        options["likelihood"] = {"class": _name(kind, LIKELIHOODS), "arguments": given}
     return {
         "model": type(model).__name__,
         "decomposition": {"class": _name(_kind(model), DECOMPOSITIONS), "arguments": arguments},
@@ -249,12 +259,31 @@ def _class(
     return found
 
 
-def _rebuilt(kind: type[Decomposition], arguments: dict[str, Any]) -> Decomposition:
+def _likelihood(described: object, classes: Sequence[type[nn.Module]], trust: bool) -> Likelihood:
+    if not isinstance(described, dict):
+        raise ValueError(f"options.likelihood must be null or of type dict, got {described!r}")
+    _check_keys("options.likelihood.", described, _CLASS_KEYS)
+    kind = _class(Likelihood, described["class"], LIKELIHOODS, classes, trust)  # type: ignore[type-abstract]
+    return _rebuilt(kind, described["arguments"])
+
+
+def _arguments(kind: type[C], instance: C) -> dict[str, Any]:
+    """What an instance was built with, which builds it again."""
+    name = "decomposition" if isinstance(instance, Decomposition) else "likelihood"
+    arguments: dict[str, Any] = plain(f"config() of the {name}", instance.config())
+    try:
+        _rebuilt(kind, arguments)
+    except Exception as error:
+        raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
+    return arguments
+
+
+def _rebuilt(kind: type[C], arguments: dict[str, Any]) -> C:
     with torch.random.fork_rng(devices=[]):
-        decomp = kind(**arguments)
-    if (now := plain("config()", decomp.config())) != arguments:
+        built = kind(**arguments)
+    if (now := plain("config()", built.config())) != arguments:
         raise ValueError(f"built with {arguments}, its config() gives {now}")
-    return decomp
+    return built
 
 
 def _check_options(model: Pretrained) -> None:
