@@ -3,8 +3,8 @@ r"""Known bands: some coefficients of some bands, with the rest left to the prio
     d(h) = Σ_s ‖m_s ⊙ (ĥ_s − h_s)‖² / 2v,        v = σ² + σ_n²
 
 m_s marks what is known of band s, σ² is the variance of the model's likelihood and σ_n the known values'
-deviation. Orthonormal bands make every part local: the paper's deblurring knows all bands up to a scale and nothing of the finer ones,
-and undersampled k-space knows some entries of every Fourier band.
+deviation. Orthonormal bands make every part local: the paper's deblurring knows all bands up to a scale and
+nothing of the finer ones, and undersampled k-space knows some entries of every Fourier band.
 """
 
 from collections.abc import Callable, Sequence

@@ -135,7 +135,7 @@ class Pretrained(nn.Module):
         options, described = _NEW_OPTIONS | settings["options"], settings["decomposition"]
         kind = _class(Decomposition, described["class"], DECOMPOSITIONS, classes, trust)  # type: ignore[type-abstract]
         if isinstance(options.get("head"), str) and options["head"] not in HEADS:
-            options["head"] = _class(ScaleHead, options["head"], _HEADS, classes, trust)
+            options["head"] = _class(ScaleHead, options["head"], _HEADS, classes, trust)  # type: ignore[type-abstract]
         if options["likelihood"] is not None:
             options["likelihood"] = _likelihood(options["likelihood"], classes, trust)
         model = cls(_rebuilt(kind, described["arguments"]), scales=settings["scales"], **options)

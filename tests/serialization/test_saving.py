@@ -745,7 +745,7 @@ def test_bad_calls(own: Path, tmp_path: Path) -> None:
     HVAE.from_pretrained(own, classes=[RingDCT, OwnHead])
     bad: Any
     for bad in (nn.Linear, "tests.helpers.zoo:RingDCT", RingDCT((4, 4), 1)):
-        with pytest.raises(TypeError, match="classes must hold Decomposition and ScaleHead subclasses"):
+        with pytest.raises(TypeError, match="classes must hold Decomposition, ScaleHead and Likelihood subclasses"):
             HVAE.from_pretrained(own, classes=[bad])
     for missing in (tmp_path / "missing", str(tmp_path / "missing"), "./missing", "missing", "../a/b", own / CONFIG):
         with pytest.raises(ValueError, match="is neither a folder nor an id 'owner/name'"):
