@@ -20,7 +20,16 @@ from separable_hvae.decompositions import (
     Wavelet2,
     Wavelet3,
 )
-from separable_hvae.distributions import GaussianNoise, LaplaceNoise, Noise, PoissonNoise
+from separable_hvae.distributions import (
+    DiscretizedLikelihood,
+    GaussianLikelihood,
+    GaussianNoise,
+    LaplaceLikelihood,
+    LaplaceNoise,
+    Likelihood,
+    Noise,
+    PoissonNoise,
+)
 from separable_hvae.model import HVAE, Result
 from separable_hvae.nn import (
     ClassCondition,
@@ -42,6 +51,7 @@ __all__ = [
     "Condition",
     "DataTerm",
     "Decomposition",
+    "DiscretizedLikelihood",
     "FFT1Complex",
     "FFT1Real",
     "FFT2Complex",
@@ -49,11 +59,14 @@ __all__ = [
     "FFT3Complex",
     "FFT3Real",
     "FitReport",
+    "GaussianLikelihood",
     "GaussianNoise",
     "GridHead",
     "Identity",
     "KnownBands",
+    "LaplaceLikelihood",
     "LaplaceNoise",
+    "Likelihood",
     "MAPRefiner",
     "Measurement",
     "Noise",

@@ -1,13 +1,16 @@
 """Signals as tensors: complex ones as real numbers, other grids, and what is no number."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
+
+from separable_hvae._validation import check_flag
 
 REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex128, torch.complex64)
@@ -97,3 +100,37 @@ def finest(x: Tensor) -> Tensor:
 def widen(x: Tensor) -> Tensor:
     """Half precision as float32, anything else as it is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def cast_exactly(kept: Iterable[nn.Module], cast_all: Callable[[], object]) -> None:
+    """Cast or move a model, but keep the own tensors of some of its modules in float32 at least.
+
+    Args:
+        kept: Modules whose own parameters and buffers are not for half precision.
+        cast_all: Casts or moves the whole model.
+    """
+    owners = [(m, n) for m in kept for n in (*m._parameters, *m._buffers) if getattr(m, n) is not None]
+    before = [getattr(owner, name).detach() for owner, name in owners]
+    cast_all()
+    for (owner, name), exact in zip(owners, before, strict=True):
+        now = getattr(owner, name)
+        if widen(now).dtype != now.dtype:
+            now.data = exact.to(now.device)
+
+
+def require_autograd(model: nn.Module) -> None:
+    """Raise a ``ValueError`` if tensors of a model are of inference mode, which autograd cannot use."""
+    if any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
+        raise ValueError("model must be built outside torch.inference_mode to be trained, calibrated or refined")
+
+
+def graph_for(asked: bool, *given: Any) -> AbstractContextManager[Any]:
+    """Context in which autograd keeps a graph, if it is on, and it is asked for or a given tensor requires it."""
+    check_flag("with_grad", asked)
+    needed = asked or any(isinstance(t, Tensor) and t.requires_grad for t in given)
+    return nullcontext() if needed else torch.no_grad()
+
+
+def signal_dtype(real: torch.dtype, is_complex: bool) -> torch.dtype:
+    """The dtype of signals of a real precision: itself, or its complex partner."""
+    return (torch.complex128 if real == torch.float64 else torch.complex64) if is_complex else real

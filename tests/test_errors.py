@@ -346,7 +346,7 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         r"temperature must be a number, got a Tensor of shape \(9, 9\), torch.float32$",
     ),
     "no rule": (lambda m: MAPRefiner(rule=NO), TypeError, r"rule must be a name or a Rule, got None"),
-    "no loss": (lambda m: MAPRefiner(loss=NO), TypeError, r"loss must be 'l1', 'l2' or a callable, got None"),
+    "no loss": (lambda m: MAPRefiner(loss=NO), TypeError, r"loss must be 'likelihood', .* or a callable, got None"),
     "negative steps of the paper": (lambda m: MAPRefiner.paper(-1), ValueError, r"steps must be at least 0 .*, got -1"),
     "a rule without step sizes": (
         lambda m: MAPRefiner(rule=Sizeless()),
@@ -389,7 +389,7 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     "a class for a loss": (
         lambda m: MAPRefiner(loss=torch.nn.MSELoss),  # type: ignore[arg-type]
         TypeError,
-        r"loss must be 'l1', 'l2' or a callable, got <class 'torch\.nn.*MSELoss'>",
+        r"loss must be 'likelihood', 'l2', 'l1' or a callable, got <class 'torch\.nn.*MSELoss'>",
     ),
     "a loss without gradient": (
         lambda m: MAPRefiner(1, loss=lambda a, b: (a - b).detach().square().flatten(1).sum(1))(m, X),
@@ -424,7 +424,11 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     ),
     # Known and measured wrongly.
     "no signal": (lambda m: Signal(NO), TypeError, r"x must be a Tensor, got NoneType"),
-    "a signal with an unknown loss": (lambda m: Signal(X, TEXT), ValueError, r"loss must be 'l1', 'l2' or a callable"),
+    "a signal with an unknown loss": (
+        lambda m: Signal(X, TEXT),
+        ValueError,
+        r"loss must be 'likelihood', 'l2', 'l1' or a callable",
+    ),
     "no bands": (lambda m: KnownBands(NO), TypeError, r"bands must be a sequence of tensors and None, got NoneType"),
     "one band, not a sequence": (
         lambda m: KnownBands(X),  # type: ignore[arg-type]

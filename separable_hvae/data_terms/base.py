@@ -1,14 +1,10 @@
 r"""Data terms: what is known of a batch of signals, and how far bands are from it.
 
 A data term d is summed over a sample's entries and never over the batch, so a sample's result does not
-depend on its neighbours. Known signals are compared by the model's own likelihood,
-
-    "l2"    ‖ĥ − h‖² / 2σ²            Gaussian with the model's σ
-    "l1"    √2 ‖ĥ − h‖₁ / σ           Laplace of the same variance
-
-which orthonormal bands split exactly, band by band. Other decompositions have one data term on the
-signal, and each subset aims at the target that its coarser bands leave it: what its band adds to the
-signal is compared with what that target would.
+depend on its neighbours. Known signals are compared by the model's own likelihood, see
+:mod:`separable_hvae.data_terms.signal`; if it is Gaussian, orthonormal bands split it exactly, band by band.
+Other decompositions have one data term on the signal, and each subset aims at the target that its coarser
+bands leave it: what its band adds to the signal is compared with what that target would.
 """
 
 from abc import ABC, abstractmethod

@@ -2,9 +2,9 @@ r"""Known bands: some coefficients of some bands, with the rest left to the prio
 
     d(h) = Σ_s ‖m_s ⊙ (ĥ_s − h_s)‖² / 2v,        v = σ² + σ_n²
 
-m_s marks what is known of band s, σ is the model's and σ_n that of the known values. Orthonormal bands
-make every part local: the paper's deblurring knows all bands up to a scale and nothing of the finer ones,
-and undersampled k-space knows some entries of every Fourier band.
+m_s marks what is known of band s, σ² is the variance of the model's likelihood and σ_n the known values'
+deviation. Orthonormal bands make every part local: the paper's deblurring knows all bands up to a scale and
+nothing of the finer ones, and undersampled k-space knows some entries of every Fourier band.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from separable_hvae._validation import came_as, check_callable, check_generator,
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit
 from separable_hvae.data_terms.gaussian_inference import mean_bands, standard
 from separable_hvae.decompositions.base import Decomposition
+from separable_hvae.distributions.energies import gaussian_energy
 from separable_hvae.functional import check_finite
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.nn.decoder import Observation
@@ -91,7 +92,7 @@ class KnownBands(DataTerm):
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
         bands, masks = self._read(model)
-        variance = self.sigma**2 + model.sigma.detach().square()
+        variance = self.sigma**2 + model.likelihood.variance.detach()
         known = tuple(i for i, band in enumerate(self.bands) if band is not None)
         misfit = KnownMisfit(model.decomp, known)
 
@@ -121,7 +122,7 @@ class KnownBands(DataTerm):
         if len(model.decomp.check_signal(x)) != len(self):
             raise ValueError(f"x must hold {len(self)} signals, as many as are known, got {len(x)}")
         bands, masks = self._read(model)
-        own, other = float(model.sigma.detach()) ** 2, self.sigma**2
+        own, other = float(model.likelihood.variance.detach()), self.sigma**2
         share = own / (own + other)
         with full_precision(x.device):
             found = []
@@ -172,7 +173,7 @@ class KnownMisfit(Misfit):
         if not aim:
             return band.new_zeros(len(band))
         target, mask, variance = aim
-        return (mask * (band - target)).square().flatten(1).sum(1) / (2 * variance)
+        return gaussian_energy(mask * (band - target), variance)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:

@@ -160,7 +160,7 @@ class Measurement(DataTerm):
         y, given = self._read(model)
         with torch.no_grad():
             means = [mean.expand(len(y), *mean.shape[1:]) for mean in mean_bands(model)]
-            own = self._left(model, seen.x, y, given)
+            own = self._decoder_variance(model, seen.x, y, given)
             found: dict[tuple[int, ...], Tensor] = {}
             drawn = cache(partial(draws, model, _DRAWS))
 
@@ -171,7 +171,7 @@ class Measurement(DataTerm):
             with torch.no_grad(), full_precision(y.device):
                 if unknown and unknown not in found:
                     unsaid = [h if i in unknown else None for i, h in enumerate(drawn())]
-                    found[unknown] = self._spread(model, unsaid, seen.x, y, given)
+                    found[unknown] = self._unexplained_variance(model, unsaid, seen.x, y, given)
                 return [model.decomp.synthesis(full), y, own + found[unknown] if unknown else own, *given]
 
         misfit = MeasurementMisfit(model.decomp, self.operator, self.noise, fingerprint(self.operator.forward))
@@ -200,7 +200,7 @@ class Measurement(DataTerm):
             raise ValueError(f"x must hold {len(self)} signals, as many as were measured, got {len(x)}")
         check_finite("x", x)
         y, given = self._read(model)
-        own, variance, dtype = model.sigma.detach().square(), self._variance(y), x.dtype
+        own, variance, dtype = model.likelihood.variance.detach(), self._variance(y), x.dtype
         x = x.detach().to(self._mean(model).dtype)
         if generator is not None:
             # Perturb both sides, then condition: the result is a draw of the conditional Gaussian.
@@ -235,12 +235,12 @@ class Measurement(DataTerm):
         """Variance of the noise, broadcastable to ``y``."""
         return self.noise.variance(y.real if y.is_complex() else y)
 
-    def _left(self, model: HVAE, like: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
+    def _decoder_variance(self, model: HVAE, like: Tensor, y: Tensor, given: Sequence[Tensor]) -> Tensor:
         """Variance that the decoder's own σ adds to real measurements, ``(B, 1, …)``."""
         gain = self.operator.gain(like, y, given).clamp_min(1e-12)  # Samples of which nothing is measured.
-        return model.sigma.detach().square() * (gain[..., None] if y.is_complex() else gain)
+        return model.likelihood.variance.detach() * (gain[..., None] if y.is_complex() else gain)
 
-    def _spread(
+    def _unexplained_variance(
         self, model: HVAE, unknown: Sequence[Tensor | None], like: Tensor, y: Tensor, given: Sequence[Tensor]
     ) -> Tensor:
         """Variance that unknown bands, given as draws, add to real measurements."""
@@ -270,16 +270,16 @@ class MeasurementMisfit(Misfit):
 
     @override
     def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        others, y, spread, *given = aim
-        return self._compare(piece(self.decomp, index, band) + others, y, spread, given)
+        others, y, unexplained, *given = aim
+        return self._compare(piece(self.decomp, index, band) + others, y, unexplained, given)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        y, spread, *given = data
+        y, unexplained, *given = data
         with full_precision(bands[0].device):
             x = self.decomp.synthesis(bands)
-        return [(self.decomp.scales[-1], self._compare(x, y, spread, given))]
+        return [(self.decomp.scales[-1], self._compare(x, y, unexplained, given))]
 
-    def _compare(self, x: Tensor, y: Tensor, spread: Tensor, given: Sequence[Tensor]) -> Tensor:
+    def _compare(self, x: Tensor, y: Tensor, unexplained: Tensor, given: Sequence[Tensor]) -> Tensor:
         with full_precision(x.device):
-            return self.noise.misfit(real(self.operator.predict(x, y, given)), real(y), spread)
+            return self.noise.misfit(real(self.operator.predict(x, y, given)), real(y), unexplained)

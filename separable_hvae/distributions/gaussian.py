@@ -1,11 +1,13 @@
-"""Diagonal Gaussians."""
+"""Diagonal Gaussians, of one layer's latents and of those of several layers side by side."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from separable_hvae.distributions.energies import gaussian_energy, gaussian_log_partition
 from separable_hvae.functional import widen
 
 LOG_SIGMA_BOUND = 6.0
@@ -13,16 +15,33 @@ LOG_SIGMA_BOUND = 6.0
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Diagonal Gaussian over one layer's latents ``(B, latent_channels, *grid)``."""
+    """Diagonal Gaussian over one layer's latents ``(B, latent_channels, *grid)``.
+
+    >>> standard = Gaussian(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
+    >>> standard.log_prob(torch.ones(1, 1, 2))
+    tensor([-2.8379])
+    """
 
     mean: Tensor
     log_sigma: Tensor
 
+    event_axis: ClassVar[int] = 1
+    """First axis that belongs to one density; the axes before it number densities."""
+
     @classmethod
-    def from_raw(cls, raw: Tensor) -> "Gaussian":
-        """Read a network's output ``(B, 2·latent_channels, *grid)``, in float32 at least."""
-        mean, log_sigma = widen(raw).chunk(2, dim=1)
+    def from_params(cls, params: Tensor) -> Self:
+        """Read a network's output, means and unbounded log-deviations, in float32 at least.
+
+        Args:
+            params: ``(B, 2·latent_channels, *grid)``. The bound is ``log σ = b tanh(log_sigma / b)``.
+        """
+        mean, log_sigma = widen(params).chunk(2, dim=cls.event_axis)
         return cls(mean, LOG_SIGMA_BOUND * torch.tanh(log_sigma / LOG_SIGMA_BOUND))
+
+    @staticmethod
+    def stack(params: Sequence[Tensor]) -> "StackedGaussian":
+        """The Gaussians of a few layers with one grid side by side, given what :meth:`from_params` takes of each."""
+        return StackedGaussian.from_params(torch.stack(list(params), dim=1))
 
     @property
     def sigma(self) -> Tensor:
@@ -37,10 +56,20 @@ class Gaussian:
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + temperature * self.sigma * noise.to(self.mean.device)
 
+    def whiten(self, z: Tensor) -> Tensor:
+        """``(z − μ) / σ``, of the shape of the latents."""
+        return (z - self.mean) * torch.exp(-self.log_sigma)
+
     def log_prob(self, z: Tensor) -> Tensor:
         """``log N(z; μ, σ²)`` in nats, summed over everything but the batch: ``(B,)``."""
-        whitened = (z - self.mean) * torch.exp(-self.log_sigma)
-        return (-0.5 * whitened.square() - self.log_sigma - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+        return self.log_prob_of_whitened(self.whiten(z))
+
+    def log_prob_of_whitened(self, whitened: Tensor) -> Tensor:
+        """The same of latents in units of the Gaussian, see :meth:`whiten`."""
+        axis = self.event_axis
+        log_sigma = self.log_sigma.flatten(axis)
+        log_partition = gaussian_log_partition(log_sigma.sum(axis), log_sigma.shape[axis])
+        return -(gaussian_energy(whitened, axis=axis) + log_partition)
 
     def kl_elements(self, prior: "Gaussian") -> Tensor:
         """``KL(self ‖ prior)`` of each latent, in nats: the shape of the latents."""
@@ -50,4 +79,15 @@ class Gaussian:
 
     def kl(self, prior: "Gaussian") -> Tensor:
         """``KL(self ‖ prior)`` in nats, summed over everything but the batch: ``(B,)``."""
-        return self.kl_elements(prior).flatten(1).sum(1)
+        return self.kl_elements(prior).flatten(self.event_axis).sum(self.event_axis)
+
+
+@dataclass(frozen=True)
+class StackedGaussian(Gaussian):
+    """The Gaussians of a few layers with one grid: ``(B, layers, latent_channels, *grid)``.
+
+    A few large operations cost less than many small ones. What :class:`Gaussian` sums to ``(B,)`` is summed to
+    ``(B, layers)``.
+    """
+
+    event_axis: ClassVar[int] = 2

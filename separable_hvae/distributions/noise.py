@@ -4,8 +4,8 @@ r"""Noise of measurements: −log p(y | ŷ) up to constants, in nats.
     Laplace     √2 ‖y − ŷ‖₁ / √v                  of the same variance
     Poisson     Σ (ŷ − y log ŷ) / γ               y = γ · Poisson(ŷ / γ)
 
-w is the variance of what the prediction ŷ leaves out: a decoder's own σ, and bands that are not known
-yet. Complex numbers count as two real ones, each with variance v.
+w is the variance that the prediction ŷ leaves unexplained: a decoder's own σ², and bands that are not known yet.
+Complex numbers count as two real ones, each with variance v.
 """
 
 import math
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from separable_hvae._fingerprint import fingerprint
 from separable_hvae._validation import check_number
+from separable_hvae.distributions.energies import gaussian_energy, laplace_energy
 from separable_hvae.functional import check_finite
 
 _FEWEST_COUNTS = 0.1
@@ -29,13 +30,13 @@ class Noise(ABC):
     """How measurements scatter around what an operator predicts; equal settings make equal instances."""
 
     @abstractmethod
-    def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
+    def misfit(self, predicted: Tensor, y: Tensor, unexplained: Tensor) -> Tensor:
         """``−log p(y | predicted)`` up to constants, in nats: ``(B,)``.
 
         Args:
             predicted: What the operator predicts, real ``(B, *y_shape)``.
             y: What was measured, of the same shape.
-            spread: Variance of what the prediction leaves out, broadcastable to it.
+            unexplained: Variance of what the prediction leaves out, broadcastable to it.
         """
 
     @abstractmethod
@@ -117,16 +118,16 @@ class GaussianNoise(WhiteNoise):
     """White Gaussian noise of standard deviation ``sigma``, see :class:`WhiteNoise`."""
 
     @override
-    def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
-        return ((predicted - y).square() / (2 * (self.variance(y) + spread))).flatten(1).sum(1)
+    def misfit(self, predicted: Tensor, y: Tensor, unexplained: Tensor) -> Tensor:
+        return gaussian_energy(predicted - y, self.variance(y) + unexplained)
 
 
 class LaplaceNoise(WhiteNoise):
     """Laplace noise of standard deviation ``sigma``, √2 times its scale; heavier tails forgive outliers."""
 
     @override
-    def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
-        return (math.sqrt(2) * (predicted - y).abs() / (self.variance(y) + spread).sqrt()).flatten(1).sum(1)
+    def misfit(self, predicted: Tensor, y: Tensor, unexplained: Tensor) -> Tensor:
+        return laplace_energy(predicted - y, self.variance(y) + unexplained)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class PoissonNoise(Noise):
         object.__setattr__(self, "gain", check_number("gain", self.gain, "positive and finite"))
 
     @override
-    def misfit(self, predicted: Tensor, y: Tensor, spread: Tensor) -> Tensor:
+    def misfit(self, predicted: Tensor, y: Tensor, unexplained: Tensor) -> Tensor:
         rate, counts = predicted / self.gain, y / self.gain
         high, few = rate > _FEWEST_COUNTS, rate.clamp_max(_FEWEST_COUNTS) / _FEWEST_COUNTS - 1
         # The logarithm of what is bent is written down, not taken: the bent rate itself underflows to 0.

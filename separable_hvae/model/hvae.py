@@ -1,49 +1,41 @@
 r"""Hierarchical VAE whose decoder is a sum of linear pieces.
 
-    p(z) = Π_l p(z_l | z_<l)                                   eq. 2
-    q(z | x) = Π_l q(z_l | x, z_<l)                            eq. 3
-    p(x | z) = N(x; Σ_s B_s h_s(z), σ² I)
-    −ELBO = −log p(x | z) + Σ_l KL(q_l ‖ p_l)                  nats
-
-One top-down pass serves training, reconstruction, sampling, partial decoding and refinement: latents
-come as a list with one entry for each layer, and ``None`` means "from the posterior" where there is an
-encoder pass, else "from the prior".
+p(z) = Π_l p(z_l | z_<l)                                   eq. 2
+q(z | x) = Π_l q(z_l | x, z_<l)                            eq. 3
+p(x | z) = p(x | Σ_s B_s h_s(z))                           by default N(x; Σ_s B_s h_s, σ² I)
+−ELBO = −log p(x | z) + Σ_l KL(q_l ‖ p_l)                  nats
 """
 
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from separable_hvae._float32 import full_precision
 from separable_hvae._validation import (
     check_flag,
     check_generator,
+    check_instance,
     check_integer,
     check_number,
     is_integer,
-    is_number,
-    shown,
 )
-from separable_hvae.decompositions.base import Decomposition
-from separable_hvae.functional import check_finite, pack, widen
-from separable_hvae.model.latents import complete, require_all
-from separable_hvae.model.result import Result
-from separable_hvae.model.standardization import Standardization, moments_of, warn_of_sigma
+from separable_hvae.decompositions import Decomposition
+from separable_hvae.distributions import Likelihood, likelihood_of, warn_of_sigma
+from separable_hvae.functional import cast_exactly, check_finite, graph_for, pack, require_autograd, signal_dtype
+from separable_hvae.model import importance
+from separable_hvae.model.latents import decodable, require_all
+from separable_hvae.model.result import Result, gather
+from separable_hvae.model.standardization import Standardization, moments_of
 from separable_hvae.nn import Condition, Encoder, Observation, ScaleHead, Subset, SubsetCondition, SubsetPass, TopDown
-from separable_hvae.nn.conditions import check_absent, check_condition
+from separable_hvae.nn.conditions import built, embedded
 from separable_hvae.nn.decoder import layer_counts
 from separable_hvae.nn.heads import head_class
-from separable_hvae.serialization import load, push, save
-
-_SIGMA_RANGE = (1e-4, 1e2)
-_LOG_SIGMA_RANGE = (math.log(_SIGMA_RANGE[0]), math.log(_SIGMA_RANGE[1]))
+from separable_hvae.serialization import LoadOptions, PushOptions, load, push, save
 
 
 class HVAE(nn.Module):
@@ -59,18 +51,27 @@ class HVAE(nn.Module):
         blocks: Residual blocks of each scale in the encoder, and of each head.
         head: ``"grid"`` (a small signal, then its band), ``"coefficient"`` (the paper's), or a
             :class:`ScaleHead` subclass.
-        sigma: Standard deviation of the likelihood in the data's units, from 1e-4 to 100, or ``"learned"``.
+        sigma: Short for ``likelihood=GaussianLikelihood(sigma)``: its standard deviation in the data's units, from
+            1e-4 to 100, or ``"learned"``; ``None`` takes 0.1 where no likelihood is given.
         band_input: Whether posteriors see what is missing of their target band (the paper: ``False``).
+        likelihood: The density of a signal given what its latents decode to; the model keeps a copy.
         condition: What priors and posteriors see beside their context, such as ``ClassCondition(10)``; the model
             keeps a copy. ``None`` is a model without conditions.
 
+    Attributes:
+        scales: Resolutions of the hierarchy, coarse to fine.
+        layer_scales: The scale of each of the L layers, coarse to fine.
+        latent_shapes: Shape ``(latent_channels, *grid)`` of one sample's latents, for each of the L layers.
+        depth: Number L of layers.
+
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is not positive, ``sigma`` is out of range, ``layers`` has another length
-            than ``scales``, or a name is unknown.
-    """
+        ValueError: If a number is not positive, ``sigma`` is out of range or given beside a likelihood, ``layers``
+            has another length than ``scales``, or a name is unknown.
 
-    log_sigma: Tensor
+    >>> HVAE(Identity(8, channels=1), layers=1, width=8, bottleneck=4).sample(2).shape
+    torch.Size([2, 1, 8, 8])
+    """
 
     def __init__(
         self,
@@ -83,65 +84,33 @@ class HVAE(nn.Module):
         latent_channels: int = 1,
         blocks: int = 3,
         head: str | type[ScaleHead] = "grid",
-        sigma: float | Literal["learned"] = 0.1,
+        sigma: float | Literal["learned"] | None = None,
         band_input: bool = True,
+        likelihood: Likelihood | None = None,
         condition: Condition | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(decomp, Decomposition):
-            raise TypeError(f"decomp must be a Decomposition, got {type(decomp).__name__}")
+        check_instance("decomp", decomp, Decomposition)
         self.decomp = decomp.bind(decomp.scales if scales is None else scales)
-        width, bottleneck = check_integer("width", width, 1), check_integer("bottleneck", bottleneck, 1)
+        self.scales = self.decomp.scales
+        given = {"width": (width, 1), "bottleneck": (bottleneck, 1), "blocks": (blocks, 0)}
+        sizes = {name: check_integer(name, value, least) for name, (value, least) in given.items()}
         latent_channels = check_integer("latent_channels", latent_channels, 1)
-        blocks = check_integer("blocks", blocks, 0)
         check_flag("band_input", band_input)
-        check_condition(condition)
         counts = layer_counts(layers, self.scales)
         self.depth = sum(counts)
         gain = 1 / math.sqrt(self.depth)
-        sizes = {"width": width, "bottleneck": bottleneck, "blocks": blocks}
-        grids = [self.decomp.grid(s) for s in self.scales]
-        self.encoder = Encoder(self.decomp.real_channels, width, bottleneck, grids, blocks, gain=gain)
-        self.decoder = TopDown(
-            self.decomp, counts, head_class(head), latent_channels=latent_channels, band_input=band_input, **sizes
-        )
-        self.condition = deepcopy(condition)
-        if self.condition is not None:
-            self.condition.build(self.decomp, gain=gain, **sizes)
-            self.condition.build_unknown(self.decomp, width)
+        self.encoder = Encoder(self.decomp.real_channels, list(map(self.decomp.grid, self.scales)), gain=gain, **sizes)
+        options = {"latent_channels": latent_channels, "band_input": band_input, **sizes}
+        self.decoder = TopDown(self.decomp, counts, head_class(head), **options)
+        self.layer_scales = [s for subset in self.subsets for s in subset.scales]
+        self.latent_shapes = [(layer.latent_channels, *layer.grid) for s in self.subsets for layer in s.layers]
+        self.condition = built(condition, self.decomp, gain=gain, **sizes)
         self.standardization = Standardization(self.decomp.real_channels)
-        sigma = self._set_sigma(sigma)
-        self.config: dict[str, Any] = {
-            "layers": counts[0] if is_integer(layers) else counts,
-            "width": width,
-            "bottleneck": bottleneck,
-            "latent_channels": latent_channels,
-            "blocks": blocks,
-            "head": head,
-            "sigma": sigma,
-            "band_input": band_input,
-            "condition": condition,
-        }
-
-    def _set_sigma(self, sigma: float | Literal["learned"]) -> float | Literal["learned"]:
-        if isinstance(sigma, str):
-            if sigma != "learned":
-                raise ValueError(f"sigma must be a positive number or 'learned', got {sigma!r}")
-            self.log_sigma = nn.Parameter(torch.tensor(math.log(0.1), dtype=widen(torch.empty(0)).dtype))
-            return sigma
-        if not is_number(sigma):
-            raise TypeError(f"sigma must be a positive number or 'learned', got {shown(sigma)}")
-        sigma = check_number("sigma", sigma, "positive and finite")
-        least, most = _SIGMA_RANGE
-        if not least <= sigma <= most:
-            raise ValueError(f"sigma must be between {least:g} and {most:g}, got {sigma}: rescale the data")
-        self.register_buffer("log_sigma", torch.tensor(math.log(sigma), dtype=widen(torch.empty(0)).dtype))
-        return sigma
-
-    @property
-    def start(self) -> nn.Parameter:
-        """The context that flows into the first layer, ``(1, width, *grid)``."""
-        return self.decoder.start
+        self.likelihood = likelihood_of(sigma, likelihood, self.decomp.is_complex).to(self.device)
+        shorthand = self.likelihood.config()["sigma"] if likelihood is None else None
+        self.config: dict[str, Any] = {"layers": counts[0] if is_integer(layers) else counts, "head": head, **options}
+        self.config |= {"sigma": shorthand, "likelihood": likelihood, "condition": condition}
 
     @property
     def subsets(self) -> Sequence[Subset]:
@@ -149,19 +118,9 @@ class HVAE(nn.Module):
         return self.decoder.subsets
 
     @property
-    def scales(self) -> tuple[int, ...]:
-        """Resolutions of the hierarchy, coarse to fine."""
-        return self.decomp.scales
-
-    @property
-    def layer_scales(self) -> list[int]:
-        """The scale of each of the L layers, coarse to fine."""
-        return [s for subset in self.subsets for s in subset.scales]
-
-    @property
-    def latent_shapes(self) -> list[tuple[int, ...]]:
-        """Shape of one sample's latents, for each of the L layers."""
-        return [(layer.latent_channels, *layer.grid) for subset in self.subsets for layer in subset.layers]
+    def start(self) -> nn.Parameter:
+        """The context that flows into the first layer, ``(1, width, *grid)``."""
+        return self.decoder.start
 
     @property
     def device(self) -> torch.device:
@@ -173,36 +132,30 @@ class HVAE(nn.Module):
         """The real dtype of everything outside the networks: float32, or float64 in a float64 model."""
         return torch.float64 if self.start.dtype == torch.float64 else torch.float32
 
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the decomposition and the units of the data in float32 at least: half precision is for networks."""
-        kept: list[nn.Module] = [self, self.standardization, *self.subsets, *self.decomp.modules()]
-        owners = [(m, n) for m in kept for n in (*m._parameters, *m._buffers) if getattr(m, n) is not None]
-        before = [cast(Tensor, getattr(owner, name)).detach() for owner, name in owners]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for (owner, name), exact in zip(owners, before, strict=True):
-            now = cast(Tensor, getattr(owner, name))
-            if widen(now).dtype != now.dtype:
-                now.data = exact.to(now.device)
-        return self
-
-    def require_autograd(self) -> None:
-        """Raise a ``ValueError`` if tensors of the model are of inference mode, which autograd cannot use."""
-        if any(t.is_inference() for t in [*self.parameters(), *self.buffers()]):
-            raise ValueError("model must be built outside torch.inference_mode to be trained, calibrated or refined")
-
     @property
     def sigma(self) -> Tensor:
         """Standard deviation of the likelihood, in the data's units: a scalar."""
-        return self.log_sigma.clamp(*_LOG_SIGMA_RANGE).exp()
+        return self.likelihood.sigma
+
+    @property
+    def log_sigma(self) -> Tensor:
+        """Its logarithm, a scalar: the likelihood's own tensor, which may be a parameter, where it has one."""
+        return cast(Tensor, getattr(self.likelihood, "log_sigma", None) or self.sigma.log())
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the bands' means and deviations are settled, by :meth:`calibrate` or by training."""
+        """Whether the bands' means and standard deviations are settled, by :meth:`calibrate` or by training."""
         return self.standardization.is_settled
 
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the decomposition and the units of the data in float32 at least: half precision is for networks."""
+        kept = [self.standardization, *self.likelihood.modules(), *self.subsets, *self.decomp.modules()]
+        cast_exactly(kept, lambda: super(HVAE, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        return self
+
     def observe(self, x: Tensor) -> Observation:
-        """Run the encoder and split the signals into target bands.
+        """Run the encoder and split signals ``(B, C, *size)`` into target bands.
 
         Raises:
             TypeError: If ``x`` is no tensor or its dtype does not fit the decomposition.
@@ -212,74 +165,26 @@ class HVAE(nn.Module):
         if x.device != self.device:
             raise ValueError(f"x is on {x.device}, the model on {self.device}")
         check_finite("x", x)
-        x = x.to(self._signal_dtype(self.real_dtype))
+        x = x.to(signal_dtype(self.real_dtype, self.decomp.is_complex))
         activations = self.encoder(self.standardization.scaled(pack(x)).to(self.start.dtype))
-        targets = None
-        if self.decomp.orthonormal:
-            with full_precision(x.device):
-                targets = self.decomp.checked_analysis(x)
+        with full_precision(x.device):
+            targets = self.decomp.checked_analysis(x) if self.decomp.orthonormal else None
         return Observation(x, dict(zip(self.scales, activations, strict=True)), targets)
-
-    def _bands(self, seen: Observation) -> list[Tensor]:
-        if seen.targets is not None:
-            return seen.targets
-        with full_precision(seen.x.device):
-            return self.decomp.checked_analysis(seen.x)
 
     def conditions(
         self, condition: Any, batch: int, generator: torch.Generator | None = None
     ) -> list[SubsetCondition] | None:
-        """What each subset sees of the condition of ``batch`` samples; ``None`` for a model without conditions.
-
-        Raises:
-            TypeError: If the condition has the wrong type.
-            ValueError: If it is missing, or given to a model without conditions, or does not fit.
-        """
-        if self.condition is None:
-            check_absent(condition)
-            return None
-        return self.decoder.conditions(self.condition.embed(condition, batch, generator))
+        """What each subset sees of the condition of ``batch`` samples; ``None`` for a model without conditions."""
+        return self.decoder.conditions(embedded(self.condition, condition, batch, generator))
 
     def result(self, passes: Sequence[SubsetPass], dtype: torch.dtype, x: Tensor | None = None) -> Result:
-        """Gather a pass, with the reconstruction in ``dtype`` and, given data, its likelihood."""
-        bands = [p.band for p in passes]
-        with full_precision(bands[0].device):
-            reconstruction = self.decomp.synthesis(bands)
-        posteriors = [q for p in passes for q in p.posteriors]
-        priors = [q for p in passes for q in p.priors]
-        kl = None
-        if all(q is not None for q in posteriors):
-            kl = torch.stack([q.kl(p) for q, p in zip(posteriors, priors, strict=True) if q is not None], dim=1)
-        return Result(
-            reconstruction=reconstruction.to(dtype),
-            bands=bands,
-            latents=[z for p in passes for z in p.latents],
-            nll=-torch.cat([p.log_prior() for p in passes], dim=1).sum(1),
-            kl=kl,
-            data=None if x is None else self.data_nll(reconstruction, x),
-        )
-
-    def data_nll(self, reconstruction: Tensor, x: Tensor) -> Tensor:
-        """``−log N(x; reconstruction, σ² I)`` over real dimensions, in nats: ``(B,)``."""
-        error = (pack(reconstruction) - pack(x)).square().flatten(1).sum(1)
-        log_sigma = self.log_sigma.clamp(*_LOG_SIGMA_RANGE)
-        return 0.5 * error * torch.exp(-2 * log_sigma) + self.decomp.numel * (log_sigma + 0.5 * math.log(2 * math.pi))
-
-    # What users call.
+        """Gather a pass, with the reconstruction in ``dtype`` and, given signals ``x``, their likelihood."""
+        return gather(passes, self.decomp, self.likelihood, dtype, x)
 
     @override
     def forward(self, x: Tensor, generator: torch.Generator | None = None, condition: Any = None) -> Result:
-        """Reconstruct signals from posterior samples.
-
-        Args:
-            x: Signals ``(B, C, *size)``.
-            generator: Random numbers of the posterior samples.
-            condition: What the model's condition takes, one for each sample.
-
-        Returns:
-            The pass, with ``kl``, ``data`` and ``elbo``.
-        """
-        return self._encode(x, 1.0, generator, condition)
+        """Reconstruct signals ``(B, C, *size)`` from posterior samples, with ``kl``, ``data`` and ``elbo``."""
+        return self.encode(x, temperature=1.0, generator=generator, condition=condition, with_grad=True)
 
     def encode(
         self,
@@ -301,27 +206,22 @@ class HVAE(nn.Module):
             generator: Random numbers of the samples.
             condition: What the model's condition takes, one for each sample.
             with_grad: Whether to keep a graph in evaluation mode too, for gradients of parameters.
-        """
-        temperature = _check_draws(temperature, generator)
-        with self._graph(with_grad, x, condition):
-            return self._encode(x, temperature, generator, condition)
 
-    def _encode(self, x: Tensor, temperature: float, generator: torch.Generator | None, condition: Any) -> Result:
-        seen = self.observe(x)
-        conditions = self.conditions(condition, len(x), generator)
-        if self.training and not self.is_calibrated:
-            self.standardization.follow(self.subsets, self._bands(seen), seen.x)
-        draws: dict[str, Any] = {"temperature": temperature, "generator": generator}
-        passes = self.decoder([None] * self.depth, len(x), seen, conditions, **draws)
-        return self.result(passes, x.dtype, seen.x)
+        Raises:
+            TypeError: If an argument has the wrong type, or the dtype does not fit the decomposition.
+            ValueError: If signals or conditions do not fit the model, or are not finite.
+        """
+        draws = _draws(temperature, generator)
+        with graph_for(with_grad or self.training, x, condition):
+            seen = self.observe(x)
+            if self.training and not self.is_calibrated:
+                self.standardization.follow(self.decoder, seen)
+            conditions = self.conditions(condition, len(x), generator)
+            passes = self.decoder([None] * self.depth, len(x), seen, conditions, **draws)
+            return self.result(passes, x.dtype, seen.x)
 
     def loss(
-        self,
-        x: Tensor,
-        generator: torch.Generator | None = None,
-        *,
-        kl_weight: float = 1.0,
-        condition: Any = None,
+        self, x: Tensor, generator: torch.Generator | None = None, *, kl_weight: float = 1.0, condition: Any = None
     ) -> Tensor:
         """Negative ELBO to minimise, averaged over the batch, in nats per data dimension: a scalar.
 
@@ -336,6 +236,25 @@ class HVAE(nn.Module):
         loss: Tensor = ((result.data + kl_weight * result.kl.sum(1)) / self.decomp.numel).mean()
         return loss
 
+    def log_likelihood(
+        self, x: Tensor, samples: int = 1, generator: torch.Generator | None = None, condition: Any = None
+    ) -> Tensor:
+        """Importance-weighted bound of ``log p(x)``, in nats: ``(B,)``, see :mod:`separable_hvae.model.importance`.
+
+        Args:
+            x: Signals ``(B, C, *size)``.
+            samples: Posterior samples K of each signal: one estimates the ELBO, more are tighter in expectation.
+            generator: Random numbers of the samples.
+            condition: What the model's condition takes, one for each sample.
+        """
+        return importance.log_likelihood(self, x, samples, generator, condition)
+
+    def log_posterior(self, x: Tensor, latents: Sequence[Tensor], condition: Any = None) -> Tensor:
+        """``log q(z | x)`` of L latents ``(B, latent_channels, *grid)``, in nats: ``(B,)``."""
+        latents = require_all("latents", latents, self.latent_shapes, len(x))
+        passes = self.decoder(latents, len(x), self.observe(x), self.conditions(condition, len(x)), posteriors=True)
+        return importance.log_posterior(passes)
+
     def decode(
         self,
         latents: Sequence[Tensor | None],
@@ -346,14 +265,11 @@ class HVAE(nn.Module):
         condition: Any = None,
         with_grad: bool = False,
     ) -> Result:
-        """Decode latents, drawing what is missing from the prior.
-
-        A graph for gradients is kept in training mode, where an entry requires a gradient, or by ``with_grad``.
+        """Decode latents, drawing what is missing from the prior. For graphs, see :meth:`encode`.
 
         Args:
-            latents: One entry for each layer, coarse to fine: ``(B, latent_channels, *grid)`` or
-                ``None`` for a draw from the prior; missing entries at the end count as ``None``. At
-                least one is a tensor.
+            latents: One entry for each layer, coarse to fine: ``(B, latent_channels, *grid)`` or ``None`` for a draw
+                from the prior; missing entries at the end count as ``None``. At least one is a tensor.
             until: Stop after the band of this scale, the reconstruction being the sum up to it.
             temperature: Factor on the priors' standard deviation; 0 takes their means.
             generator: Random numbers of the draws.
@@ -362,143 +278,52 @@ class HVAE(nn.Module):
 
         Raises:
             TypeError: If an entry is neither a tensor nor ``None``.
-            ValueError: If there are too many entries, none is a tensor, or one has the wrong shape or is on
-                another device than the model.
+            ValueError: If there are too many entries, none is a tensor, or one has the wrong shape or device.
         """
-        temperature = _check_draws(temperature, generator)
-        full = complete("latents", latents, self.latent_shapes)
-        if until is not None:
-            self.decomp.band_index(until)
-        given = next((z for z in full if z is not None), None)
-        if given is None:
-            raise ValueError("latents must hold at least one tensor; use sample(n) to draw all of them")
-        for i, z in enumerate(full):
-            if z is not None and z.device != self.device:
-                raise ValueError(f"latents[{i}] is on {z.device}, the model on {self.device}")
-        draws: dict[str, Any] = {"temperature": temperature, "generator": generator}
-        with self._graph(with_grad, *full, condition):
-            passes = self.decoder(full, len(given), None, self.conditions(condition, len(given)), until=until, **draws)
-            return self.result(passes, self._signal_dtype(given.dtype))
-
-    def _graph(self, with_grad: bool, *given: Any) -> AbstractContextManager[Any]:
-        """Context in which autograd keeps a graph, if it is on and something asks for one."""
-        check_flag("with_grad", with_grad)
-        asked = with_grad or self.training or any(isinstance(t, Tensor) and t.requires_grad for t in given)
-        return nullcontext() if asked else torch.no_grad()
+        draws, (full, given) = _draws(temperature, generator), decodable(latents, self.latent_shapes, self.device)
+        with graph_for(with_grad or self.training, *full, condition):
+            conditions = self.conditions(condition, len(given), generator)
+            passes = self.decoder(full, len(given), None, conditions, until=until, **draws)
+            return self.result(passes, signal_dtype(given.dtype, self.decomp.is_complex))
 
     @torch.no_grad()
     def sample(
         self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None, condition: Any = None
     ) -> Tensor:
         """Draw ``n`` signals ``(n, C, *size)`` from the model (the likelihood's mean, without its noise)."""
-        n, temperature = check_integer("n", n, 1), _check_draws(temperature, generator)
-        conditions, draws = self.conditions(condition, n), {"temperature": temperature, "generator": generator}
-        passes = self.decoder([None] * self.depth, n, None, conditions, **draws)
-        return self.result(passes, self._signal_dtype(passes[0].band.dtype)).reconstruction
+        n, draws = check_integer("n", n, 1), _draws(temperature, generator)
+        passes = self.decoder([None] * self.depth, n, None, self.conditions(condition, n, generator), **draws)
+        return self.result(passes, signal_dtype(passes[0].band.dtype, self.decomp.is_complex)).reconstruction
 
     @torch.no_grad()
     def calibrate(self, data: Tensor | Iterable[Tensor]) -> None:
-        """Standardise bands by their mean and deviation over ``data``, signals or batches of them.
+        """Standardise bands by their mean and standard deviation over ``data``, signals or batches of them.
 
-        Warns if ``sigma`` is so far above the data's own deviation that there is nothing to learn, or so far
-        below it that nothing but the error counts.
+        Warns if ``sigma`` is so far above the data's own that there is nothing to learn, or so far below it that
+        nothing but the error counts.
 
         Raises:
-            ValueError: If the model was built under ``torch.inference_mode``.
+            ValueError: If the model was built under ``torch.inference_mode``, or the data do not fit it.
         """
-        self.require_autograd()
-        moments = moments_of(data, self.decomp, self.device)
-        self.standardization.calibrate(self.subsets, moments)
-        is_learned = isinstance(self.log_sigma, nn.Parameter)
-        warn_of_sigma(*(_SIGMA_RANGE if is_learned else (float(self.sigma),) * 2), moments[-1])
+        require_autograd(self)
+        *bands, signals = moments_of(data, self.decomp, self.device)
+        self.standardization.calibrate(self.subsets, bands, signals)
+        warn_of_sigma(*self.likelihood.sigma_bounds, signals.std, signals.mean.numel())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.
-
-        A model that is there already is replaced, all at once; a ``README.md`` is left as it is. Where
-        several processes train, one of them saves.
-
-        Args:
-            folder: Where to write; made if it is missing.
-
-        Raises:
-            TypeError: If something cannot be saved: what a decomposition of your own was built with
-                (see :meth:`Decomposition.config`), an option of a subclass that is not in its ``config``,
-                or state that is no tensor of a usual dtype.
-            ValueError: If ``folder`` is a file.
-        """
+        """Write ``config.json``, ``model.safetensors`` and ``README.md``, see :func:`serialization.save`."""
         save(self, folder)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        classes: Sequence[type[nn.Module]] = (),
-        trust_import_paths: bool = False,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-    ) -> Self:
-        """Load what :meth:`save_pretrained` wrote, in eval mode.
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> Self:
+        """Load what :meth:`save_pretrained` wrote, in eval mode, see :func:`serialization.load`."""
+        return load(cls, source, **options)
 
-        Args:
-            source: A folder, or the id ``"owner/name"`` of a model on the Hugging Face hub.
-            classes: Decompositions and heads of your own that the model is made of.
-            trust_import_paths: Whether to import classes of your own from the modules that the file
-                names. Importing a module runs it: only for files whose origin you trust.
-            device: Where the model goes.
-            revision: Branch, tag or commit on the hub.
-
-        Raises:
-            TypeError: If ``classes`` holds anything but decompositions and heads, or another argument has
-                the wrong type.
-            ValueError: If a file is missing, truncated, altered or of a newer format, or does not fit
-                the model, a class is unknown, or there is no such device; the message names the file and
-                the reason.
-            ImportError: If ``source`` is a hub id and the extra ``hub`` is not installed.
-        """
-        trust: dict[str, Any] = {"classes": classes, "trust_import_paths": trust_import_paths}
-        return load(cls, source, device=device, revision=revision, **trust)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        branch: str | None = None,
-        commit_message: str = "Upload model",
-    ) -> str:
-        """Upload the model to the Hugging Face hub; a model card that is there already is kept.
-
-        Args:
-            repo_id: Repository ``"owner/name"``, made if it is missing.
-            private: Whether a new repository is private; ``None`` takes the owner's default.
-            token: Access token; ``None`` takes the one of the login.
-            branch: Branch to upload to, made if it is missing; ``None`` is the main one.
-            commit_message: Message of the commit, whose address is returned.
-
-        Raises:
-            ImportError: If the extra ``hub`` is not installed.
-        """
-        return push(self, repo_id, private=private, token=token, branch=branch, commit_message=commit_message)
-
-    def require_latents(self, latents: Sequence[Tensor], batch: int, name: str = "latents") -> list[Tensor]:
-        """Return the latents of every layer for a batch, in the model's precision and on its device.
-
-        Raises:
-            TypeError: If an entry is no tensor.
-            ValueError: If one is missing or has the wrong shape.
-        """
-        full = require_all(name, latents, self.latent_shapes, batch)
-        return [z.detach().to(self.device, self.real_dtype) for z in full]
-
-    def _signal_dtype(self, real: torch.dtype) -> torch.dtype:
-        if not self.decomp.is_complex:
-            return real
-        return torch.complex128 if real == torch.float64 else torch.complex64
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Upload the model to the Hugging Face hub, see :func:`serialization.push`; returns the commit's address."""
+        return push(self, repo_id, **options)
 
 
-def _check_draws(temperature: float, generator: torch.Generator | None) -> float:
+def _draws(temperature: float, generator: torch.Generator | None) -> dict[str, Any]:
     check_generator(generator)
-    return check_number("temperature", temperature, "at least 0 and finite")
+    return {"temperature": check_number("temperature", temperature, "at least 0 and finite"), "generator": generator}

@@ -1,11 +1,18 @@
 """What one top-down pass gives."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
+
+from separable_hvae._float32 import full_precision
+from separable_hvae.decompositions import Decomposition
+from separable_hvae.distributions import Likelihood, Prediction
+from separable_hvae.nn import SubsetPass
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,3 +75,37 @@ class Result:
 
 def _shape(x: Tensor) -> str:
     return f"({', '.join(map(str, x.shape))})"
+
+
+def gather(
+    passes: Sequence[SubsetPass],
+    decomp: Decomposition,
+    likelihood: Likelihood,
+    dtype: torch.dtype,
+    x: Tensor | None = None,
+) -> Result:
+    """What a top-down pass gives.
+
+    Args:
+        passes: The pass of each subset, coarse to fine.
+        decomp: What makes signals of their bands.
+        likelihood: The density of signals given these.
+        dtype: Of the reconstruction.
+        x: Signals ``(B, C, *size)`` to compare with.
+    """
+    bands = [p.band for p in passes]
+    with full_precision(bands[0].device):
+        reconstruction = decomp.synthesis(bands)
+    posteriors = [q for p in passes for q in p.posteriors]
+    kl = None
+    if all(q is not None for q in posteriors):
+        priors = [prior for p in passes for prior in p.priors]
+        kl = torch.stack([q.kl(p) for q, p in zip(posteriors, priors, strict=True) if q is not None], dim=1)
+    return Result(
+        reconstruction=reconstruction.to(dtype),
+        bands=bands,
+        latents=[z for p in passes for z in p.latents],
+        nll=-torch.cat([p.log_prior() for p in passes], dim=1).sum(1),
+        kl=kl,
+        data=None if x is None else likelihood.nll(Prediction(bands, reconstruction), x),
+    )

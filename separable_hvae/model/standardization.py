@@ -24,11 +24,9 @@ from separable_hvae._float32 import full_precision
 from separable_hvae._validation import came
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import as_plain, check_finite, finest, is_recomputing, pack, widen
-from separable_hvae.nn import Subset
+from separable_hvae.nn import Observation, Subset, TopDown
 
-_FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
 _OTHER_UNITS = 10.0
-_WORTH_LEARNING = 10.0  # Nats.
 _WARM_UP_BATCHES = 16
 
 
@@ -60,7 +58,7 @@ class BandMoments:
         )
 
     @property
-    def deviation(self) -> float:
+    def std(self) -> float:
         """Root mean square of ``h − m``; exactly 0 where only rounding is left of it."""
         centre = float(self.mean.square().mean())
         return math.sqrt(max(self.square - centre, 0.0)) if self.square - centre > 1e-14 * centre else 0.0
@@ -101,26 +99,27 @@ class Standardization(nn.Module):
         return (x - offset) / self.magnitude.clamp_min(1).to(x.dtype)
 
     @torch.no_grad()
-    def calibrate(self, subsets: Sequence[Subset], moments: Sequence[BandMoments]) -> None:
-        """Settle on moments of the bands and, last, of the signals, see :func:`moments_of`."""
-        self._take(subsets, moments)
+    def calibrate(self, subsets: Sequence[Subset], bands: Sequence[BandMoments], signals: BandMoments) -> None:
+        """Settle on moments of the bands and of the signals, see :func:`moments_of`."""
+        self._take(subsets, bands, signals)
         self.calibrated.fill_(_WARM_UP_BATCHES)
 
     @torch.no_grad()
-    def follow(self, subsets: Sequence[Subset], bands: Sequence[Tensor], x: Tensor) -> None:
+    def follow(self, decoder: TopDown, seen: Observation) -> None:
         """Until settled, follow the moments over the first training batches."""
         if is_recomputing():  # A batch whose activations were checkpointed comes twice.
             return
+        with full_precision(seen.x.device):
+            bands = decoder.decomp.checked_analysis(seen.x) if seen.targets is None else seen.targets
         batches = int(self.calibrated)
-        moments = [BandMoments.of(part) for part in (*bands, pack(x))]
+        moments = [BandMoments.of(part) for part in (*bands, pack(seen.x))]
         if batches and self._moments is not None:
             moments = [a + b for a, b in zip(self._moments, moments, strict=True)]
         self._moments = moments if batches + 1 < _WARM_UP_BATCHES else None
-        self._take(subsets, moments)
+        self._take(decoder.subsets, moments[:-1], moments[-1])
         self.calibrated.fill_(batches + 1)
 
-    def _take(self, subsets: Sequence[Subset], moments: Sequence[BandMoments]) -> None:
-        *bands, signals = moments
+    def _take(self, subsets: Sequence[Subset], bands: Sequence[BandMoments], signals: BandMoments) -> None:
         # New tensors: an earlier pass may still need the old ones for its gradients, and a later one
         # could not use tensors made in inference mode.
         with torch.inference_mode(False):
@@ -187,38 +186,7 @@ def units(moments: Sequence[BandMoments]) -> list[float]:
     """The unit of each band; one for a band that does not vary, against all bands together."""
     entries = sum(m.mean.numel() for m in moments)
     rounding = 1e-6 * math.sqrt(sum(m.square * m.mean.numel() for m in moments) / entries)
-    return [m.deviation if m.deviation > rounding else 1.0 for m in moments]
-
-
-def warn_of_sigma(least: float, most: float, signals: BandMoments) -> None:
-    """Warn if the likelihood's deviation hides all that signals have to say, or hangs on their every trifle.
-
-    To hide it, it has to be ten times the signals' own, *and* leave less than ten nats for a whole signal: a few
-    bright points on black, or one smooth offset, deviate little on average and can be learnt all the same. Below
-    a two-hundredth of the signals' own, it is finer than half a grey level of most 8-bit images.
-
-    Args:
-        least: Least standard deviation of the likelihood: it may be learned.
-        most: Greatest standard deviation of the likelihood.
-        signals: Moments of the signals as real numbers.
-    """
-    deviation = signals.deviation
-    worth = 0.5 * signals.mean.numel() * (deviation / least) ** 2
-    if 0 < _FAR_ABOVE * deviation < least and worth < _WORTH_LEARNING:
-        warnings.warn(
-            f"sigma is {least:.2g}, but the data deviate from their mean by only {deviation:.2g}: latents could tell "
-            f"at most {worth:.2g} nats of a signal, so that next to nothing will be learnt; rescale the data to a "
-            "deviation near 1, or pass a smaller sigma, a tenth of their deviation to begin with",
-            stacklevel=4,
-        )
-    if most * _FAR_BELOW < deviation:
-        warnings.warn(
-            f"sigma is {most:.2g}, but the data deviate from their mean by {deviation:.2g}: errors of a tenth of that "
-            f"cost {0.5 * (0.1 * deviation / most) ** 2:.2g} nats in each dimension, beside which the KL, and so the "
-            "priors, hardly count; rescale the data to a deviation near 1, or pass a larger sigma, a tenth of their "
-            "deviation to begin with",
-            stacklevel=4,
-        )
+    return [m.std if m.std > rounding else 1.0 for m in moments]
 
 
 def warn_of_other_units(settled: Standardization, signals: BandMoments) -> None:

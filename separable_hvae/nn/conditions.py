@@ -10,6 +10,7 @@ With ``dropout`` it is replaced in training by a learned "unknown", now and then
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -240,7 +241,7 @@ class SignalCondition(Condition):
         self.size = decomp.size
         channels = self.channels * (2 if self.is_complex else 1)
         grids = [decomp.grid(s) for s in decomp.scales]
-        self.encoder = Encoder(channels, width, bottleneck, grids, blocks, gain=gain)
+        self.encoder = Encoder(channels, grids, width=width, bottleneck=bottleneck, blocks=blocks, gain=gain)
 
     @override
     def check(self, condition: Any, batch: int) -> Tensor:
@@ -272,21 +273,36 @@ def _check_batch(condition: Tensor, shape: Sequence[int], batch: int) -> None:
         raise ValueError(f"condition must have shape {wanted}, one for each sample, got {tuple(condition.shape)}")
 
 
-def check_absent(condition: Any) -> None:
-    """Raise a ``ValueError`` unless a model without conditions is given none."""
-    if condition is not None:
-        raise ValueError(f"condition must be None for a model without one, got {shown_kind(condition)}")
+def built(condition: object, decomp: Decomposition, *, width: int, **sizes: Any) -> Condition | None:
+    """A copy of a condition with its networks, see :meth:`Condition.build`; ``None`` for none.
 
-
-def shown_kind(condition: Any) -> str:
-    """What came as a condition, in a few words."""
-    return shown(condition) if isinstance(condition, (Tensor, int)) else came(condition)
-
-
-def check_condition(condition: Any) -> None:
-    """Raise a ``TypeError`` unless it is a :class:`Condition`, or ``None``."""
-    if condition is not None and not isinstance(condition, Condition):
+    Raises:
+        TypeError: If it is no :class:`Condition`.
+    """
+    if condition is None:
+        return None
+    if not isinstance(condition, Condition):
         raise TypeError(f"condition must be a Condition, such as ClassCondition(10), or None, got {came(condition)}")
+    copy = deepcopy(condition)
+    copy.build(decomp, width=width, **sizes)
+    copy.build_unknown(decomp, width)
+    return copy
+
+
+def embedded(
+    module: Condition | None, condition: Any, batch: int, generator: torch.Generator | None
+) -> ConditionFeatures | None:
+    """What the networks see of a condition, see :meth:`Condition.embed`; ``None`` for a model without.
+
+    Raises:
+        ValueError: If a condition is given to a model without.
+    """
+    if module is not None:
+        return module.embed(condition, batch, generator)
+    if condition is not None:
+        kind = shown(condition) if isinstance(condition, (Tensor, int)) else came(condition)
+        raise ValueError(f"condition must be None for a model without one, got {kind}")
+    return None
 
 
 CONDITIONS: dict[str, type[Condition]] = {c.__name__: c for c in (ClassCondition, VectorCondition, SignalCondition)}

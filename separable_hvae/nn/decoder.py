@@ -88,6 +88,7 @@ class TopDown(nn.Module):
         until: int | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        posteriors: bool = False,
     ) -> list[SubsetPass]:
         """Run the subsets, coarse to fine, up to the band of scale ``until``.
 
@@ -99,16 +100,20 @@ class TopDown(nn.Module):
             until: Scale of the last band; ``None`` runs them all.
             temperature: Factor on the standard deviation of what is drawn; 0 gives means.
             generator: Random numbers for what is drawn.
+            posteriors: Whether to ask for the posteriors of given latents too.
         """
+        if until is not None:
+            self.decomp.band_index(until)
         passes: list[SubsetPass] = []
         context, first = self.start.expand(batch, *self.start.shape[1:]), 0
         for i, subset in enumerate(self.subsets):
             last = first + len(subset.scales)
             given, evidence = latents[first:last], None
             condition = None if conditions is None else conditions[i]
-            if seen is not None and any(z is None for z in given):
+            if seen is not None and (posteriors or any(z is None for z in given)):
                 evidence = self.evidence(i, seen, [p.band for p in passes], condition)
-            step = subset(context, given, evidence, condition, temperature=temperature, generator=generator)
+            drawn: dict[str, Any] = {"temperature": temperature, "generator": generator, "posteriors": posteriors}
+            step = subset(context, given, evidence, condition, **drawn)
             passes.append(step)
             context, first = step.context, last
             if until is not None and subset.scale >= until:

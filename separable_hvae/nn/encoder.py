@@ -14,21 +14,28 @@ class Encoder(nn.Module):
 
     Args:
         channels: Real channels of the signal.
-        width: Channels of the activations.
-        hidden: Channels of the bottlenecks.
         grids: Grid of each scale, coarse to fine; the last one is the signal's.
+        width: Channels of the activations.
+        bottleneck: Channels inside residual blocks.
         blocks: Residual blocks at each scale.
         gain: Factor on the last convolution of each block, ``1/√L``.
     """
 
     def __init__(
-        self, channels: int, width: int, hidden: int, grids: Sequence[tuple[int, ...]], blocks: int, *, gain: float
+        self,
+        channels: int,
+        grids: Sequence[tuple[int, ...]],
+        *,
+        width: int,
+        bottleneck: int,
+        blocks: int,
+        gain: float,
     ) -> None:
         super().__init__()
         self.grids = list(grids)
         self.stem = conv(channels, width, self.grids[-1], gain=1.0)
         self.scales = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width, hidden, g, gain=gain) for _ in range(blocks))) for g in self.grids
+            nn.Sequential(*(ResidualBlock(width, bottleneck, g, gain=gain) for _ in range(blocks))) for g in self.grids
         )
 
     @override

@@ -5,7 +5,7 @@ r"""One stochastic layer of the top-down hierarchy.
     ĥ_{l+1} = r(ĥ_l + f_p(ĥ_l) + W z_l)                    injection and residual block
 
 ĥ is the context, e the encoder's activation at the layer's scale, and r what the head would not yet predict of
-the target band. Log-sigmas are bounded, ``log σ = b tanh(raw / b)``, so that KL and log-densities stay finite
+the target band. Log-sigmas are bounded, ``log σ = b tanh(a / b)``, so that KL and log-densities stay finite
 whatever the networks emit.
 """
 
@@ -29,30 +29,30 @@ class LayerPass:
     Attributes:
         context: Its outgoing context.
         z: Its latents.
-        raw: What its prior network says, see :meth:`Gaussian.from_raw`.
+        prior_params: What its prior network says, see :meth:`Gaussian.from_params`.
         posterior: The posterior, where it was asked for.
     """
 
     context: Tensor
     z: Tensor
-    raw: Tensor
+    prior_params: Tensor
     posterior: Gaussian | None
 
     @property
     def prior(self) -> Gaussian:
         """The prior of the latents."""
-        return Gaussian.from_raw(self.raw)
+        return Gaussian.from_params(self.prior_params)
 
 
 class PriorFeatures(NamedTuple):
     """What a layer makes of its context alone.
 
     Attributes:
-        raw: What its prior network says of its latents, ``(B, 2·latent_channels, *grid)``.
+        prior_params: What its prior network says of its latents, ``(B, 2·latent_channels, *grid)``.
         context: The context and the prior's features, ``ĥ + f_p(ĥ)``: ``(B, width, *grid)``.
     """
 
-    raw: Tensor
+    prior_params: Tensor
     context: Tensor
 
 
@@ -97,13 +97,13 @@ class StochasticLayer(nn.Module):
         """
         if self.residual_conv is not None and residual is not None:
             activation = activation + self.residual_conv(residual)
-        return Gaussian.from_raw(self.posterior(torch.cat([resample(context, self.grid), activation], dim=1)))
+        return Gaussian.from_params(self.posterior(torch.cat([resample(context, self.grid), activation], dim=1)))
 
     def prior_features(self, context: Tensor) -> PriorFeatures:
         """What the layer makes of a context ``(B, width, *any grid)`` alone, whatever its latents."""
         context = resample(context, self.grid)
-        raw = self.prior(context)
-        return PriorFeatures(raw[:, : 2 * self.latent_channels], context + raw[:, 2 * self.latent_channels :])
+        out = self.prior(context)
+        return PriorFeatures(out[:, : 2 * self.latent_channels], context + out[:, 2 * self.latent_channels :])
 
     @override
     def forward(
@@ -120,6 +120,6 @@ class StochasticLayer(nn.Module):
         ``z`` given is used as it is; otherwise it is drawn from the posterior where there is one, else from the prior.
         """
         if z is None:
-            z = (posterior or Gaussian.from_raw(features.raw)).sample(temperature, generator)
+            z = (posterior or Gaussian.from_params(features.prior_params)).sample(temperature, generator)
         outgoing = self.block(features.context + self.inject(z.to(features.context.dtype)))
-        return LayerPass(outgoing, z, features.raw, posterior)
+        return LayerPass(outgoing, z, features.prior_params, posterior)

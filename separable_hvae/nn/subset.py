@@ -8,7 +8,6 @@ but the context that flows into it (and, for posteriors, its evidence), so a lat
 its own band costs at most one subset and one head.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from typing_extensions import override
 
 from separable_hvae._float32 import full_precision
 from separable_hvae.decompositions.base import Decomposition
-from separable_hvae.distributions.gaussian import Gaussian
+from separable_hvae.distributions.gaussian import Gaussian, StackedGaussian
 from separable_hvae.functional import resample, widen
 from separable_hvae.nn.heads import ScaleHead
 from separable_hvae.nn.stochastic_layer import PriorFeatures, StochasticLayer
@@ -59,59 +58,42 @@ class SubsetPass:
         context: Outgoing context ``(B, width, *grid)``.
         band: The band ``(B, *band_shape)``, in the signal's units.
         latents: Latents of the layers that ran, coarse to fine.
-        raws: What their prior networks say, see :meth:`Gaussian.from_raw`.
-        posteriors: Their posteriors, ``None`` where the latents were given or drawn from the prior.
+        prior_params: What their prior networks say, see :meth:`Gaussian.from_params`.
+        posteriors: Their posteriors, ``None`` where nobody asked: the latents were given or drawn from the prior.
         contexts: The context that flowed into each layer, before its condition was added.
     """
 
     context: Tensor
     band: Tensor
     latents: list[Tensor]
-    raws: list[Tensor]
+    prior_params: list[Tensor]
     posteriors: list[Gaussian | None]
     contexts: list[Tensor]
 
     @cached_property
     def priors(self) -> list[Gaussian]:
         """The prior of each latent that ran."""
-        return [Gaussian.from_raw(raw) for raw in self.raws]
+        return [Gaussian.from_params(params) for params in self.prior_params]
 
     @cached_property
-    def surprises(self) -> "list[Surprise]":
-        """How far latents lie from their priors: one entry for each run of layers with one grid."""
-        grids = groupby(range(len(self.latents)), key=lambda i: self.latents[i].shape)
-        return [Surprise.of(self.raws, self.latents, list(same)) for _, same in grids]
+    def stacked_priors(self) -> list[StackedGaussian]:
+        """The same, with one entry for each run of layers with one grid."""
+        return [Gaussian.stack([self.prior_params[i] for i in run]) for run in self._runs()]
+
+    @cached_property
+    def whitened(self) -> list[Tensor]:
+        """``(z − μ_p) / σ_p``, ``(B, layers, latent_channels, *grid)`` for each run of layers with one grid."""
+        stacks = (torch.stack([self.latents[i] for i in run], dim=1) for run in self._runs())
+        return [prior.whiten(z) for prior, z in zip(self.stacked_priors, stacks, strict=True)]
 
     def log_prior(self) -> Tensor:
         """``log p(z)`` of each latent that ran, in nats: ``(B, layers)``."""
-        return torch.cat([surprise.log_prior() for surprise in self.surprises], dim=1)
+        pairs = zip(self.stacked_priors, self.whitened, strict=True)
+        return torch.cat([prior.log_prob_of_whitened(whitened) for prior, whitened in pairs], dim=1)
 
-
-class Surprise(NamedTuple):
-    """The latents of a few layers with one grid, in units of their priors.
-
-    Layers are put side by side, since a few large operations cost less than many small ones.
-
-    Attributes:
-        whitened: ``(z − μ_p) / σ_p``, ``(B, layers, entries)``.
-        log_sigma: ``log σ_p``, of the same shape.
-    """
-
-    whitened: Tensor
-    log_sigma: Tensor
-
-    @classmethod
-    def of(cls, raws: Sequence[Tensor], latents: Sequence[Tensor], layers: Sequence[int]) -> "Surprise":
-        """Whiten the latents of these layers."""
-        prior = Gaussian.from_raw(torch.stack([raws[i] for i in layers], dim=2))
-        z = torch.stack([latents[i] for i in layers], dim=2)
-        whitened = (z - prior.mean) * torch.exp(-prior.log_sigma)
-        return cls(*(t.transpose(1, 2).flatten(2) for t in (whitened, prior.log_sigma)))
-
-    def log_prior(self) -> Tensor:
-        """``log p(z)`` of each layer, in nats: ``(B, layers)``."""
-        constant = 0.5 * math.log(2 * math.pi) * self.whitened.shape[2]
-        return -(0.5 * self.whitened.square() + self.log_sigma).sum(2) - constant
+    def _runs(self) -> list[list[int]]:
+        grids = groupby(range(len(self.latents)), key=lambda i: self.latents[i].shape)
+        return [list(run) for _, run in grids]
 
 
 class Subset(nn.Module):
@@ -213,6 +195,7 @@ class Subset(nn.Module):
         features: PriorFeatures | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        posteriors: bool = False,
     ) -> SubsetPass:
         """Run the layers from ``start`` on and the head.
 
@@ -226,21 +209,21 @@ class Subset(nn.Module):
             features: What :meth:`prior_features` gives of this layer, where that is known already.
             temperature: Factor on the standard deviation of what is drawn; 0 gives means.
             generator: Random numbers for what is drawn.
+            posteriors: Whether to ask for the posteriors of given latents too.
         """
-        zs, raws, posteriors, contexts = [], [], [], []
+        zs, params, found, contexts = [], [], [], []
         for i, z in enumerate(latents, start):
             contexts.append(context)
-            posterior = None
-            if z is None and evidence is not None:
-                posterior = self.posterior(i, context, evidence, condition)
+            wanted = evidence if posteriors or z is None else None
+            posterior = None if wanted is None else self.posterior(i, context, wanted, condition)
             features = features or self.prior_features(i, context, condition)
             step = self.layers[i](features, z, posterior, temperature=temperature, generator=generator)
             context, features = step.context, None
             zs.append(step.z)
-            raws.append(step.raw)
-            posteriors.append(step.posterior)
+            params.append(step.prior_params)
+            found.append(step.posterior)
         band = self._centre(condition) + self.unit * self._checked(self.head(context))
-        return SubsetPass(context, band, zs, raws, posteriors, contexts)
+        return SubsetPass(context, band, zs, params, found, contexts)
 
     def _checked(self, band: Tensor) -> Tensor:
         """What a head gives, which may be a user's, in float32 at least."""

@@ -34,7 +34,7 @@ class MAPRefiner(Refiner):
         steps: Steps N, one number or by scale; 0 everywhere is amortized inference.
         step_size: Step size λ, one number or by scale; ``None`` takes the rule's own.
         guidance: Weight β of the data term, one number or by scale.
-        loss: ``"l2"``, ``"l1"`` or a callable, see :class:`Refiner`.
+        loss: ``"likelihood"``, ``"l2"``, ``"l1"`` or a callable, see :class:`Refiner`.
         schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, ``"combined"``, or a :class:`Schedule`.
         rule: ``"adam"``, ``"gd"``, ``"gauss-newton"`` (joint problems alone: elsewhere its steps are Adam's, of
             their own size), or a :class:`Rule`.
@@ -48,7 +48,7 @@ class MAPRefiner(Refiner):
         steps: int | Mapping[int, int] | Sequence[int] = 25,
         step_size: ByScale | None = None,
         guidance: ByScale = 1.0,
-        loss: Loss = "l2",
+        loss: Loss = "likelihood",
         schedule: str | Schedule = "scale",
         rule: str | Rule = "adam",
         init: Init | Sequence[Tensor] = "posterior",

@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
         nll: ``−Σ log p(z)`` of the latents concerned, in nats: ``(B,)``.
         data: Data term, guidance included, in nats: ``(B,)``.
         bands: The bands, in the signal's units.
-        whitened: The latents in units of their priors, ``(B, layers, entries)`` each.
+        whitened: The latents in units of their priors, ``(B, layers, latent_channels, *grid)`` each.
         contexts: Of one subset, the context that flows into each layer, and the outgoing one.
     """
 
@@ -94,8 +94,7 @@ class OneSubset(Piece):
         )
         terms = self.objective.subset(self.index, step, aim)
         nll = -step.log_prior()[:, : len(moving)].sum(1) if self.own_prior else terms.nll
-        whitened = [surprise.whitened for surprise in step.surprises]
-        return Outcome(nll, terms.data, [step.band], whitened, [*step.contexts, step.context])
+        return Outcome(nll, terms.data, [step.band], step.whitened, [*step.contexts, step.context])
 
     @override
     def data(self, bands: Sequence[Tensor], held: Sequence[Tensor]) -> Tensor:
@@ -121,7 +120,7 @@ class Whole(Piece):
     def __call__(self, moving: Sequence[Tensor], held: Sequence[Tensor]) -> Outcome:
         passes = self.objective.model.decoder([*moving, *held[: self.later]], len(moving[0]))
         terms = self.objective.total(passes, held[self.later :])
-        whitened = [surprise.whitened for step in passes for surprise in step.surprises]
+        whitened = [whitened for step in passes for whitened in step.whitened]
         return Outcome(terms.nll, terms.data, [step.band for step in passes], whitened, [])
 
     @override

@@ -35,7 +35,9 @@ from separable_hvae._validation import (
 )
 from separable_hvae.data_terms.base import DataTerm
 from separable_hvae.data_terms.signal import Loss, Signal, check_loss
+from separable_hvae.functional import require_autograd
 from separable_hvae.model.hvae import HVAE
+from separable_hvae.model.latents import require_all
 from separable_hvae.model.result import Result
 from separable_hvae.refine.acceptance import Chunk, Job, Reached, Watch
 from separable_hvae.refine.budget import Clock
@@ -60,8 +62,8 @@ class Refiner(ABC):
     Args:
         steps: Steps N, one number or by scale; 0 everywhere is amortized inference.
         guidance: Weight β of the data term, one number or by scale.
-        loss: ``"l2"`` (the model's likelihood), ``"l1"`` (Laplace of the same variance), or a callable
-            ``(h_hat, h) -> (B,)`` in nats.
+        loss: ``"likelihood"`` (the model's own), ``"l2"`` or ``"l1"`` (Gaussian or Laplace of the same variance), or
+            a callable ``(h_hat, h) -> (B,)`` in nats.
         schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, ``"combined"``, or a :class:`Schedule`.
         init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior (fully
             iterative), a list of L tensors from these (a warm start: ``init=previous.latents``).
@@ -88,7 +90,7 @@ class Refiner(ABC):
         steps: int | Mapping[int, int] | Sequence[int] = 25,
         *,
         guidance: ByScale = 1.0,
-        loss: Loss = "l2",
+        loss: Loss = "likelihood",
         schedule: str | Schedule = "scale",
         init: Init | Sequence[Tensor] = "posterior",
         sample: bool = False,
@@ -245,7 +247,7 @@ class Refiner(ABC):
         if not isinstance(x, DataTerm):
             model.decomp.check_signal(x)
             return Signal(x, self.loss)
-        if self.loss != "l2":
+        if self.loss != "likelihood":
             raise ValueError(
                 f"loss is for signals, a data term has its own: got {_brief(self.loss)} beside a {type(x).__name__}. "
                 "Leave loss out (MAPRefiner.paper sets one: use MAPRefiner), or give a Measurement another Noise"
@@ -294,7 +296,7 @@ def _moved(refiner: Refiner, problem: Problem, state: Any) -> tuple[list[Tensor]
 @contextmanager
 def _evaluation(model: HVAE) -> Iterator[None]:
     """Evaluation mode with gradients of latents alone, whatever the caller's modes; each comes back."""
-    model.require_autograd()
+    require_autograd(model)
     once = refcounted(("evaluation", id(model)), partial(_frozen, model))
     with once, torch.inference_mode(False), torch.enable_grad():
         yield
@@ -316,7 +318,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
     """Check the latents to start from and copy them, so that ones from inference mode can move too."""
     with torch.inference_mode(False):
-        given = [z.clone() for z in model.require_latents(latents, batch, "init")]
+        given = [
+            z.detach().to(model.device, model.real_dtype, copy=True)
+            for z in require_all("init", latents, model.latent_shapes, batch)
+        ]
     if not all(bool(torch.isfinite(z).all()) for z in given):
         raise ValueError("init must be finite, got NaN or infinity")
     return given

@@ -10,13 +10,14 @@ _RENAMED_IN_2 = {
     r"^(start$|subsets\.)": r"decoder.\1",
     r"^(calibrated|magnitude)$": r"standardization.\1",
     r"\.look\.": ".residual_conv.",
+    r"^log_sigma$": "likelihood.log_sigma",
 }
 
 
 def converted_settings(settings: dict[str, Any], version: int) -> dict[str, Any]:
     """Settings of a format up to this version's."""
     if version < 2 and isinstance(options := settings.get("options"), dict):
-        return {**settings, "options": {"condition": None, **options}}
+        return {**settings, "options": {"condition": None, "likelihood": None, **options}}
     return settings
 
 

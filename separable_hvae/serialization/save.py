@@ -16,15 +16,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
+from typing_extensions import Unpack
 
 from separable_hvae._validation import check_flag, plain
 from separable_hvae._version import __version__
 from separable_hvae.decompositions import DECOMPOSITIONS, Decomposition
+from separable_hvae.distributions import LIKELIHOODS, Likelihood
 from separable_hvae.nn import CONDITIONS, HEADS, Condition, ScaleHead
 from separable_hvae.serialization import model_folder
 from separable_hvae.serialization.convert import converted_settings, converted_tensors
@@ -36,8 +38,11 @@ _REGISTRIES: dict[type[nn.Module], Mapping[str, type[nn.Module]]] = {
     Decomposition: DECOMPOSITIONS,
     ScaleHead: {c.__name__: c for c in HEADS.values()},
     Condition: CONDITIONS,
+    Likelihood: LIKELIHOODS,
 }
 """The library's own classes of each kind, by name; a user's own are named by their import path."""
+_PARTS: dict[str, type[nn.Module]] = {"condition": Condition, "likelihood": Likelihood}
+"""Options of a model that are described by a class and its arguments, or ``None``."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,32 +61,81 @@ class Saveable(Protocol):
 S = TypeVar("S", bound=Saveable)
 
 
+class LoadOptions(TypedDict, total=False):
+    """Options of :func:`load`."""
+
+    classes: Sequence[type[nn.Module]]
+    trust_import_paths: bool
+    device: str | torch.device
+    revision: str | None
+
+
+class PushOptions(TypedDict, total=False):
+    """Options of :func:`push`."""
+
+    private: bool | None
+    token: str | None
+    branch: str | None
+    commit_message: str
+
+
 def save(model: Saveable, folder: str | os.PathLike[str]) -> None:
-    """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``, see :meth:`HVAE.save_pretrained`."""
+    """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.
+
+    A model that is there already is replaced, all at once; a ``README.md`` is left as it is. Where
+    several processes train, one of them saves.
+
+    Args:
+        model: The model.
+        folder: Where to write; made if it is missing.
+
+    Raises:
+        TypeError: If something cannot be saved: what a decomposition of your own was built with
+            (see :meth:`Decomposition.config`), an option of a subclass that is not in its ``config``,
+            or state that is no tensor of a usual dtype.
+        ValueError: If ``folder`` is a file.
+    """
     place = _path("folder", folder)
     if place.is_file():
         raise ValueError(f"folder must be a folder, got the file {folder}")
-    kind, arguments = _kind(model), plain("config() of the decomposition", model.decomp.config())
-    try:
-        _rebuilt(kind, arguments)
-    except Exception as error:
-        raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
+    parts = [(_kind(model), model.decomp)]
+    parts += [(type(part), part) for name in _PARTS if (part := model.config[name]) is not None]
+    for kind, part in parts:
+        try:
+            _rebuilt(kind, plain(f"config() of {kind.__name__}", part.config()))
+        except Exception as error:
+            raise TypeError(f"{kind.__name__} cannot be built again: {error}: override its config()") from error
+    arguments = plain("config() of the decomposition", model.decomp.config())
     _check_options(model)
     settings = {"version": __version__, **description(model, arguments)}
     _check_rebuilt(model, settings)
     model_folder.write(place, settings, _state(cast(nn.Module, model))[0], _card(model))
 
 
-def load(
-    cls: type[S],
-    source: str | os.PathLike[str],
-    *,
-    classes: Sequence[type[nn.Module]] = (),
-    trust_import_paths: bool = False,
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
-) -> S:
-    """Load what :func:`save` wrote, in eval mode, see :meth:`HVAE.from_pretrained`."""
+def load(cls: type[S], source: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> S:
+    """Load what :func:`save` wrote, in eval mode.
+
+    Args:
+        cls: Class of the model.
+        source: A folder, or the id ``"owner/name"`` of a model on the Hugging Face hub.
+        classes: Classes of your own (decompositions, heads, conditions, likelihoods) that the model is made of.
+        trust_import_paths: Whether to import classes of your own from the modules that the file
+            names. Importing a module runs it: only for files whose origin you trust.
+        device: Where the model goes.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        TypeError: If ``classes`` holds anything but decompositions and heads, or another argument has
+            the wrong type.
+        ValueError: If a file is missing, truncated, altered or of a newer format, or does not fit
+            the model, a class is unknown, or there is no such device; the message names the file and
+            the reason.
+        ImportError: If ``source`` is a hub id and the extra ``hub`` is not installed.
+    """
+    classes, device = options.get("classes", ()), options.get("device", "cpu")
+    trust_import_paths = options.get("trust_import_paths", False)
+    if unknown := sorted(set(options) - set(LoadOptions.__annotations__)):
+        raise TypeError(f"from_pretrained takes {sorted(LoadOptions.__annotations__)}, got {unknown}")
     check_flag("trust_import_paths", trust_import_paths)
     _check_device(device)
     if not isinstance(classes, Sequence):
@@ -91,7 +145,7 @@ def load(
         if not (isinstance(c, type) and issubclass(c, bases)):
             names = ", ".join(base.__name__ for base in bases)
             raise TypeError(f"classes must hold subclasses of {names}, got {c!r}")
-    folder = _folder(source, revision)
+    folder = _folder(source, options.get("revision"))
     settings, tensors, version = model_folder.read(folder)
     # Parameters made in inference mode could not be trained; loading is no draw of random numbers.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -108,12 +162,25 @@ def load(
     return model
 
 
-def push(
-    model: Saveable, repo_id: str, *, private: bool | None, token: str | None, branch: str | None, commit_message: str
-) -> str:
-    """Upload a model to the Hugging Face hub, see :meth:`HVAE.push_to_hub`."""
-    api = _hub("push_to_hub").HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+def push(model: Saveable, repo_id: str, **options: Unpack[PushOptions]) -> str:
+    """Upload the model to the Hugging Face hub; a model card that is there already is kept.
+
+    Args:
+        model: The model.
+        repo_id: Repository ``"owner/name"``, made if it is missing.
+        private: Whether a new repository is private; ``None`` takes the owner's default.
+        token: Access token; ``None`` takes the one of the login.
+        branch: Branch to upload to, made if it is missing; ``None`` is the main one.
+        commit_message: Message of the commit, whose address is returned.
+
+    Raises:
+        ImportError: If the extra ``hub`` is not installed.
+    """
+    if unknown := sorted(set(options) - set(PushOptions.__annotations__)):
+        raise TypeError(f"push_to_hub takes {sorted(PushOptions.__annotations__)}, got {unknown}")
+    branch, commit_message = options.get("branch"), options.get("commit_message", "Upload model")
+    api = _hub("push_to_hub").HfApi(token=options.get("token"))
+    repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     kept = [model_folder.CARD] if api.file_exists(repo_id, model_folder.CARD, revision=branch) else []
@@ -135,10 +202,9 @@ def _build(cls: type[S], settings: dict[str, Any], classes: Sequence[type[nn.Mod
     kind = _class(Decomposition, described["class"], classes, trust)  # type: ignore[type-abstract]
     if isinstance(options.get("head"), str) and options["head"] not in HEADS:
         options["head"] = _class(ScaleHead, options["head"], classes, trust)
-    if options.get("condition") is not None:
-        _check_keys("condition.", options["condition"], _DESCRIBED_KEYS)
-        condition: Any = _class(Condition, options["condition"]["class"], classes, trust)
-        options["condition"] = condition(**options["condition"]["arguments"])
+    for name, base in _PARTS.items():
+        if options.get(name) is not None:
+            options[name] = _part(base, f"options.{name}", options[name], classes, trust)
     make = cast(Callable[..., S], cls)
     model = make(_rebuilt(kind, described["arguments"]), scales=settings["scales"], **options)
     if missing := sorted(set(model.config) - set(options)):
@@ -180,8 +246,7 @@ def description(model: Saveable, arguments: dict[str, Any]) -> dict[str, Any]:
     options = dict(model.config)
     if isinstance(options["head"], type):
         options["head"] = _name(options["head"])
-    if options["condition"] is not None:
-        options["condition"] = _described(options["condition"])
+    options |= {name: _described(options[name]) for name in _PARTS if options[name] is not None}
     return {
         "model": type(model).__name__,
         "decomposition": {"class": _name(_kind(model)), "arguments": arguments},
@@ -189,6 +254,14 @@ def description(model: Saveable, arguments: dict[str, Any]) -> dict[str, Any]:
         "options": plain("config of the model", options),
         "dtype": _dtype(model),
     }
+
+
+def _part(base: type[M], place: str, described: object, classes: Sequence[type[nn.Module]], trust: bool) -> M:
+    """The part that a configuration describes as :func:`_described` does."""
+    if not isinstance(described, dict):
+        raise ValueError(f"{place} must be null or of type dict, got {described!r}")
+    _check_keys(f"{place}.", described, _DESCRIBED_KEYS)
+    return _rebuilt(_class(base, described["class"], classes, trust), described["arguments"])
 
 
 def _described(part: Any) -> dict[str, Any]:
@@ -235,12 +308,12 @@ def _class(base: type[M], name: str, classes: Sequence[type[nn.Module]], trust: 
     return found
 
 
-def _rebuilt(kind: type[Decomposition], arguments: dict[str, Any]) -> Decomposition:
+def _rebuilt(kind: type[M], arguments: dict[str, Any]) -> M:
     with torch.random.fork_rng(devices=[]):
-        decomp = kind(**arguments)
-    if (now := plain("config()", decomp.config())) != arguments:
+        built: Any = kind(**arguments)
+    if (now := plain("config()", built.config())) != arguments:
         raise ValueError(f"built with {arguments}, its config() gives {now}")
-    return decomp
+    return cast(M, built)
 
 
 def _check_options(model: Saveable) -> None:

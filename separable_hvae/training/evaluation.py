@@ -4,7 +4,8 @@ Of discrete signals, whose values are a bin's width Δ apart, a density p gives 
 
     bits per dimension      (loss − ln Δ) / ln 2,        loss = −ELBO / dim x in nats.
 
-With uniform noise of width Δ added to the signals this is an upper bound of −log₂ P, by Jensen's inequality.
+With uniform noise of width Δ added to the signals this is an upper bound of −log₂ P, by Jensen's inequality. A
+likelihood that gives probabilities needs neither: bits per dimension are then ``loss / ln 2``.
 """
 
 import math
@@ -31,6 +32,7 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     bin_width: float | None = None,
+    importance: int | None = None,
 ) -> dict[str, Any]:
     """Measure a model on held-out signals, with posterior samples.
 
@@ -40,34 +42,50 @@ def evaluate(
         batch_size: Signals in each pass, where ``data`` are one tensor.
         seed: Seed of the posterior samples.
         bin_width: Distance of neighbouring values of discrete signals, in the data's units: of 8-bit pixels
-            scaled to [-1, 1], 2/255.
+            scaled to [-1, 1], 2/255. A discretized likelihood has its own.
+        importance: Posterior samples of each signal for the importance-weighted bound; ``None`` leaves it out.
 
     Returns:
-        ``objective`` (½·SE/σ² + KL) and ``loss`` (−ELBO), both in nats/dim; ``mse`` of the posterior
+        ``objective`` (KL and the data term without constants, of a Gaussian likelihood ½·SE/σ²) and ``loss`` (−ELBO),
+        both in nats/dim; ``mse`` of the posterior
         sample and ``mse_mean`` of the posterior mean, in the data's units; ``kl`` per layer in nats;
         ``active_units``, the number of latents whose mean KL exceeds 0.01 nats, and ``units``; ``residual``,
         the root mean square error of each band of the posterior sample, in the data's units. With
         ``bin_width`` also ``bits``, (loss − ln bin_width) / ln 2 for each dimension: a bound where ``data``
         carry uniform noise of a bin's width, else an approximation that is good where ``sigma`` is well above it.
+        With a discretized likelihood always ``bits``, loss / ln 2. With ``importance`` also ``importance``, minus
+        the importance-weighted bound in nats/dim, which compares with ``loss``, and, where there are ``bits``, its
+        ``importance_bits``.
 
     Raises:
         TypeError: If an argument has the wrong type, or the data's dtype does not fit the model.
-        ValueError: If the data do not fit the model, are none or not finite, or a number is out of range.
+        ValueError: If the data do not fit the model, are none or not finite, a number is out of range, or
+            ``bin_width`` is given for a discretized likelihood.
     """
     check_instance("model", model, HVAE)
     batch_size, seed = check_integer("batch_size", batch_size, 1), check_seed("seed", seed)
     if bin_width is not None:
         bin_width = check_number("bin_width", bin_width, "positive and finite")
+        if model.likelihood.bin_width is not None:
+            raise ValueError(
+                f"bin_width is for densities: {type(model.likelihood).__name__} gives probabilities, and bits as well"
+            )
+    if importance is not None:
+        importance = check_integer("importance", importance, 1)
     batches = batches_of(data, model.decomp, model.device, batch_size)
     with eval_mode(model):
-        found = _measure(model, batches, torch.Generator(model.device).manual_seed(seed))
-    if bin_width is not None:
-        found["bits"] = (found["loss"] - math.log(bin_width)) / math.log(2)
+        found = _measure(model, batches, seed, importance)
+    if bin_width is not None or model.likelihood.bin_width is not None:
+        log_width = 0.0 if bin_width is None else math.log(bin_width)
+        for name, nats in {"bits": "loss", "importance_bits": "importance"}.items():
+            if nats in found:
+                found[name] = (found[nats] - log_width) / math.log(2)
     return found
 
 
-def _measure(model: HVAE, batches: Iterable[Tensor], generator: torch.Generator) -> dict[str, Any]:
-    n, loss, mse, mse_mean, cpu = 0, 0.0, 0.0, 0.0, torch.device("cpu")
+def _measure(model: HVAE, batches: Iterable[Tensor], seed: int, importance: int | None) -> dict[str, Any]:
+    generator, other = (torch.Generator(model.device).manual_seed(seed) for _ in range(2))
+    n, loss, bound, mse, mse_mean, cpu = 0, 0.0, 0.0, 0.0, 0.0, torch.device("cpu")
     layers = torch.zeros(model.depth, dtype=torch.float64, device=cpu)
     residuals = torch.zeros(len(model.subsets), dtype=torch.float64, device=cpu)
     units: list[Tensor] = []
@@ -78,6 +96,8 @@ def _measure(model: HVAE, batches: Iterable[Tensor], generator: torch.Generator)
         result = model.result(passes, x.dtype, seen.x)
         assert result.kl is not None
         loss -= float(finest(result.elbo).sum())
+        if importance is not None:
+            bound += float(finest(model.log_likelihood(x, importance, other)).sum())
         layers += finest(result.kl).sum(0).cpu()
         mse += float(_squares(result.reconstruction, x))
         residual = residuals.new_tensor(band_residuals(model, result.reconstruction - x))
@@ -88,9 +108,8 @@ def _measure(model: HVAE, batches: Iterable[Tensor], generator: torch.Generator)
         batch_units = [q.kl_elements(p).sum(0).flatten() for q, p in pairs]
         units = [u + b for u, b in zip(units, batch_units, strict=True)] if units else batch_units
     numel = model.decomp.numel
-    log_sigma = float(model.sigma.log())
-    constants = log_sigma + 0.5 * math.log(2 * math.pi)
-    return {
+    constants = float(model.likelihood.log_partition(numel)) / numel
+    found = {
         "objective": loss / n / numel - constants,
         "loss": loss / n / numel,
         "mse": mse / n,
@@ -100,6 +119,7 @@ def _measure(model: HVAE, batches: Iterable[Tensor], generator: torch.Generator)
         "units": sum(u.numel() for u in units),
         "residual": (residuals / n).sqrt().tolist(),
     }
+    return found if importance is None else found | {"importance": -bound / n / numel}
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from separable_hvae._validation import (
     check_seed,
     plain,
 )
-from separable_hvae.functional import widen
+from separable_hvae.functional import require_autograd, widen
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.model.standardization import batches_of
 
@@ -134,7 +134,7 @@ class TrainingOptions:
                 pass
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("model must have parameters to train, got none that requires a gradient")
-        model.require_autograd()
+        require_autograd(model)
         if widen(model.start).dtype != model.start.dtype:
             raise ValueError(
                 f"model must be float32 or float64 to be trained, got {model.start.dtype}: averages of weights need "

@@ -581,7 +581,7 @@ def test_the_unit_of_bands_changes_nothing(loss: LossName) -> None:
     local = [term.misfit.local(0, f * band, term.aim(0, [])) for term, f in zip(terms, (10, 1), strict=True)]
     total = [term.misfit.total([f * band], term.data)[0][1] for term, f in zip(terms, (10, 1), strict=True)]
     for found in (*local, *total):
-        torch.testing.assert_close(found, Distance(loss)(band, target, plain.sigma))
+        torch.testing.assert_close(found, Distance(loss)(band, target, plain.sigma.square()))
 
 
 class NoReading(TorchDispatchMode):

@@ -35,6 +35,11 @@ class FullGaussian(Gaussian):
     factor: Tensor
 
     @override
+    def log_prob(self, z: Tensor) -> Tensor:
+        found: Tensor = MultivariateNormal(self.mean.flatten(1), scale_tril=self.factor).log_prob(z.flatten(1))
+        return found
+
+    @override
     def kl(self, prior: Gaussian) -> Tensor:
         q = MultivariateNormal(self.mean.flatten(1), scale_tril=self.factor)
         p = MultivariateNormal(prior.mean.flatten(1), scale_tril=torch.diag_embed(prior.sigma.flatten(1)))
@@ -70,7 +75,7 @@ class LinearLayer(nn.Module):
         return posterior if self.factor is None else FullGaussian(posterior.mean, posterior.log_sigma, self.factor)
 
     def prior_features(self, context: Tensor) -> PriorFeatures:
-        # Undo the bound that Gaussian.from_raw puts on log-sigmas.
+        # Undo the bound that Gaussian.from_params puts on log-sigmas.
         prior = self._gaussian(self.prior(context.flatten(1)), self.log_sigma)
         raw = LOG_SIGMA_BOUND * torch.atanh(prior.log_sigma / LOG_SIGMA_BOUND)
         return PriorFeatures(torch.cat([prior.mean, raw], dim=1), context)
@@ -87,14 +92,14 @@ class LinearLayer(nn.Module):
     ) -> LayerPass:
         c = features.context.flatten(1)
         if z is None:
-            drawn = posterior or Gaussian.from_raw(features.raw)
+            drawn = posterior or Gaussian.from_params(features.prior_params)
             if self.noise is None:
                 z = drawn.sample(temperature, generator)
             else:
                 spread = torch.diag(self.posterior_log_sigma.exp()) if self.factor is None else self.factor
                 z = drawn.mean + (self.noise @ spread.T).unflatten(1, self.shape)
         c = self.context(torch.cat([c, z.flatten(1)], dim=1))
-        return LayerPass(c.unflatten(1, (self.width, *self.grid)), z, features.raw, posterior)
+        return LayerPass(c.unflatten(1, (self.width, *self.grid)), z, features.prior_params, posterior)
 
 
 class LinearHead(ScaleHead):

@@ -20,14 +20,22 @@ from separable_hvae import (
     FFT2Complex,
     FFT2Real,
     FFT3Complex,
+    GaussianLikelihood,
     Identity,
+    LaplaceLikelihood,
     Result,
     Wavelet1,
     Wavelet2,
 )
+from separable_hvae.distributions import Prediction
 from separable_hvae.functional import resample
 from tests.helpers.models import layer_passes, seeded, tiny, units
 from tests.helpers.zoo import OWN, SMALL, Make, rings, signal
+
+
+def nll(model: HVAE, mean: Tensor, x: Tensor) -> Tensor:
+    """``−log p(x | z)`` where latents decode to a mean."""
+    return model.likelihood.nll(Prediction([], mean), x)
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
@@ -100,7 +108,7 @@ def test_a_sigma_far_below_the_data_is_named(scale: float) -> None:
     tiny(FFT1Real(8), sigma=0.1 if scale < 20 else "learned").calibrate(x)
     model = tiny(FFT1Real(8), sigma=0.1 * scale / 64)
     # What the model's own likelihood says of such an error.
-    worth = float(model.data_nll(x + 0.1 * deviation, x).sub(model.data_nll(x, x)).mean()) / 8
+    worth = float(nll(model, x + 0.1 * deviation, x).sub(nll(model, x, x)).mean()) / 8
     named = f"sigma is {0.1 * scale / 64:.2g}, but the data deviate from their mean by {deviation:.2g}: "
     with pytest.warns(UserWarning, match=f"{re.escape(named)}.* cost {re.escape(f'{worth:.2g}')} nats.* larger sigma"):
         model.calibrate(x)
@@ -521,10 +529,10 @@ def test_half_precision_is_for_networks(dtype: torch.dtype, sigma: Any) -> None:
     x = signal(model.decomp, 4, dtype=torch.float32)
     model.calibrate(x)
     kept = {k: v.clone() for k, v in model.state_dict().items() if k.split(".")[-1] in ("centre", "unit", "log_sigma")}
-    likelihood = model.data_nll(0.9 * x, x)
+    likelihood = nll(model, 0.9 * x, x)
     assert model.to(dtype).start.dtype == dtype
     assert all(torch.equal(model.state_dict()[k], v) for k, v in kept.items())
-    assert torch.equal(model.data_nll(0.9 * x, x), likelihood)
+    assert torch.equal(nll(model, 0.9 * x, x), likelihood)
     assert model.double().sigma.dtype == torch.float64
 
 
@@ -596,7 +604,17 @@ BUILDS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sigma": math.inf}, ValueError, r"sigma must be positive and finite, got inf"),
     ({"sigma": math.nan}, ValueError, r"sigma must be positive and finite, got nan"),
     ({"sigma": "free"}, ValueError, r"sigma must be a positive number or 'learned', got 'free'"),
-    ({"sigma": None}, TypeError, r"sigma must be a positive number or 'learned', got None"),
+    ({"sigma": [0.1]}, TypeError, r"sigma must be a positive number or 'learned', got \[0\.1\]"),
+    (
+        {"likelihood": GaussianLikelihood},
+        TypeError,
+        "likelihood must be a Likelihood, got the class GaussianLikelihood",
+    ),
+    (
+        {"sigma": 0.1, "likelihood": LaplaceLikelihood(0.2)},
+        ValueError,
+        r"sigma is short for likelihood=GaussianLikelihood\(sigma\): give one of them, got sigma=0.1 and a LaplaceL",
+    ),
     ({"depth": 3}, TypeError, r"unexpected keyword argument 'depth'"),
 ]
 

@@ -66,9 +66,9 @@ def test_generators_make_samples_repeat() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_from_raw_splits_bounds_and_widens(dtype: torch.dtype) -> None:
+def test_from_params_splits_bounds_and_widens(dtype: torch.dtype) -> None:
     raw = torch.cat([torch.tensor([[1.0, -2.0]]), torch.tensor([[0.01, -0.02]])], dim=1)[..., None].to(dtype)
-    g = Gaussian.from_raw(raw)
+    g = Gaussian.from_params(raw)
     assert g.mean.dtype == g.log_sigma.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(g.mean, raw[:, :2].to(g.mean.dtype))
     torch.testing.assert_close(g.log_sigma, raw[:, 2:].to(g.mean.dtype), rtol=1e-4, atol=0)
@@ -76,8 +76,8 @@ def test_from_raw_splits_bounds_and_widens(dtype: torch.dtype) -> None:
 
 def test_huge_raw_numbers_stay_finite() -> None:
     wild = torch.tensor([1e30, -1e30, 50.0, -50.0]).reshape(4, 1, 1)
-    q = Gaussian.from_raw(torch.cat([torch.zeros(4, 1, 1), wild], dim=1).requires_grad_())
-    p = Gaussian.from_raw(torch.cat([torch.ones(4, 1, 1), -wild], dim=1))
+    q = Gaussian.from_params(torch.cat([torch.zeros(4, 1, 1), wild], dim=1).requires_grad_())
+    p = Gaussian.from_params(torch.cat([torch.ones(4, 1, 1), -wild], dim=1))
     assert float(q.log_sigma.detach().abs().max()) <= LOG_SIGMA_BOUND
     values = [q.kl(p), p.kl(q), q.log_prob(torch.full((4, 1, 1), 100.0)), q.sample()]
     assert all(bool(torch.isfinite(v).all()) for v in values)

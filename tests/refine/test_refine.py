@@ -19,6 +19,7 @@ from typing_extensions import override
 from separable_hvae import HVAE, FFT1Real, FFT2Complex, Identity, MAPRefiner, Refiner
 from separable_hvae._float32 import float32, float32_settings, full_precision
 from separable_hvae.data_terms.signal import absolute_error
+from separable_hvae.distributions import Prediction
 from separable_hvae.functional import pack
 from separable_hvae.nn.stochastic_layer import StochasticLayer
 from separable_hvae.refine import (
@@ -159,7 +160,7 @@ def test_the_rules_are_those_of_torch(rule: str) -> None:
         assert_equal([z.detach() for z in moving], iterate.latents, exactly=False)
         optimizer.zero_grad()
         result = model.decode(moving)
-        (result.nll + model.data_nll(result.reconstruction, x)).sum().backward()
+        (result.nll + model.likelihood.nll(Prediction(result.bands, result.reconstruction), x)).sum().backward()
         optimizer.step()
 
 
@@ -818,8 +819,8 @@ def test_a_step_must_look_at_its_problem() -> None:
         ({"step_size": math.nan}, ValueError, "step_size must be at least 0 and finite, got nan"),
         ({"guidance": math.inf}, ValueError, "guidance must be at least 0 and finite, got inf"),
         ({"guidance": None}, TypeError, "guidance must be a number, got None"),
-        ({"loss": "l3"}, ValueError, "loss must be 'l1', 'l2' or a callable, got 'l3'"),
-        ({"loss": 2}, TypeError, "loss must be 'l1', 'l2' or a callable, got 2"),
+        ({"loss": "l3"}, ValueError, "loss must be 'likelihood', 'l2', 'l1' or a callable, got 'l3'"),
+        ({"loss": 2}, TypeError, "loss must be 'likelihood', 'l2', 'l1' or a callable, got 2"),
         ({"schedule": "all"}, ValueError, "schedule must be one of"),
         ({"schedule": Latent}, TypeError, "schedule must be a name or a Schedule"),
         ({"rule": "sgd"}, ValueError, "rule must be one of"),

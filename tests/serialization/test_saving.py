@@ -505,6 +505,7 @@ def test_config_is_for_people(saved: Path) -> None:
             "head": "grid",
             "sigma": 0.1,
             "band_input": True,
+            "likelihood": None,
             "condition": None,
         },
         "dtype": "float32",
@@ -610,6 +611,7 @@ def test_what_an_earlier_version_wrote_loads(tmp_path: Path) -> None:
     known = {f"{parts[k.split('.')[0]]}.{k}" if k.split(".")[0] in parts else k: v for k, v in tensors.items()}
     offset = state.pop("standardization.offset")
     assert not offset.any()
+    known["likelihood.log_sigma"] = known.pop("log_sigma")
     assert state.keys() == known.keys()
     assert all(torch.equal(state[k], v) for k, v in known.items())
 
@@ -763,7 +765,9 @@ def test_bad_calls(own: Path, tmp_path: Path) -> None:
     HVAE.from_pretrained(own, classes=[RingDCT, OwnHead])
     bad: Any
     for bad in (nn.Linear, "tests.helpers.zoo:RingDCT", RingDCT((4, 4), 1)):
-        with pytest.raises(TypeError, match="classes must hold subclasses of Decomposition, ScaleHead, "):
+        with pytest.raises(
+            TypeError, match="classes must hold subclasses of Decomposition, ScaleHead, Condition, Likelihood"
+        ):
             HVAE.from_pretrained(own, classes=[bad])
     for missing in (tmp_path / "missing", str(tmp_path / "missing"), "./missing", "missing", "../a/b", own / CONFIG):
         with pytest.raises(ValueError, match="is neither a folder nor an id 'owner/name'"):
