@@ -252,6 +252,7 @@ class DiscretizedLikelihood(_OneSigma):
 
     ``nll / (numel · ln 2)`` are bits per dimension, without noise added to the data. Values are ``levels`` numbers
     at equal distances; what lies between is taken for the nearest one, what lies outside for the first or the last.
+    The decoded signal may run beyond them where a first or last value is certain: clamp it to look at it.
 
     Args:
         sigma: Standard deviation of the logistic density in the data's units, from 1e-4 to 100, or ``"learned"``,

@@ -81,7 +81,7 @@ def test_resampling_to_explicit_sizes_keeps_constants(grid: tuple[int, ...], poi
 )
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_encoder(grids: list[tuple[int, ...]], blocks: int) -> None:
-    encoder = Encoder(3, 6, 4, grids, blocks, gain=0.5)
+    encoder = Encoder(3, grids, width=6, bottleneck=4, blocks=blocks, gain=0.5)
     activations = encoder(torch.randn(2, 3, *grids[-1]))
     assert [a.shape for a in activations] == [(2, 6, *g) for g in grids]
     reach_every_parameter(encoder, activations)
