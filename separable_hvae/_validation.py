@@ -3,6 +3,7 @@
 Numbers of numpy count as numbers, and come back as Python's own: a configuration is JSON.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -146,6 +147,25 @@ def plain(name: str, value: Any) -> Any:
         return int(value) if is_integer(value) else float(value)
     shown = type(value).__name__ if isinstance(value, (Tensor, nn.Module)) else repr(value)
     raise TypeError(f"{name} holds {shown}, which JSON cannot hold")
+
+
+def constructor_arguments(made: object) -> dict[str, Any]:
+    """Arguments that build an object again, as JSON holds them: for each, the attribute of the same name.
+
+    Raises:
+        TypeError: If an attribute is missing or JSON cannot hold it; the object's class is to override ``config``.
+    """
+    kind, arguments = type(made).__name__, {}
+    for name, parameter in inspect.signature(type(made)).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"{kind} cannot tell what its argument {parameter} was: override its config()")
+        if not hasattr(made, name):
+            raise TypeError(f"{kind} has no attribute {name!r} for its argument: set it, or override its config()")
+        try:
+            arguments[name] = plain(f"{kind}.{name}", getattr(made, name))
+        except TypeError as error:
+            raise TypeError(f"{error}: override its config()") from error
+    return arguments
 
 
 T = TypeVar("T")

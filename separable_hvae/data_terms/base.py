@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from separable_hvae._float32 import full_precision
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.model.hvae import HVAE, Observation
 
@@ -98,5 +97,4 @@ class DataTerm(ABC):
 
 def piece(decomp: Decomposition, index: int, band: Tensor) -> Tensor:
     """What one band adds to the signal, ``(B, C, *size)``."""
-    with full_precision(band.device):
-        return decomp.synthesis([*[None] * index, band])
+    return decomp.synthesis([*[None] * index, band])

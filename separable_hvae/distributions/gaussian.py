@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ class Gaussian:
         if temperature == 0:
             return self.mean
         device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        # torch.compile takes no generator, not even None, where the batch is of any size.
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        noise: Tensor = torch.randn(self.mean.shape, device=device, dtype=self.mean.dtype, **source)
         return self.mean + temperature * self.sigma * noise.to(self.mean.device)
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
 from separable_hvae._validation import (
     check_flag,
     check_generator,
@@ -156,6 +155,8 @@ class HVAE(Pretrained, nn.Module):
         self.subsets = cast(Sequence[Subset], nn.ModuleList(subsets))
         sigma = self._set_sigma(sigma)
         self._moments: list[BandMoments] | None = None
+        # What is traced cannot read a tensor: known once it has been read, and until a state is loaded.
+        self._is_settled = False
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.int64))
         self.register_buffer("magnitude", torch.ones(()))
         self.config: dict[str, Any] = {
@@ -247,6 +248,11 @@ class HVAE(Pretrained, nn.Module):
                 now.data = exact.to(now.device)
         return self
 
+    @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_settled = False
+        super()._load_from_state_dict(*args, **kwargs)
+
     def require_autograd(self) -> None:
         """Raise a ``ValueError`` if tensors of the model are of inference mode, which autograd cannot use."""
         if any(t.is_inference() for t in [*self.parameters(), *self.buffers()]):
@@ -279,8 +285,7 @@ class HVAE(Pretrained, nn.Module):
         activations = self.encoder((pack(x) / self.magnitude.clamp_min(1)).to(self.start.dtype))
         targets = None
         if self.decomp.orthonormal:
-            with full_precision(x.device):
-                targets = self.decomp.checked_analysis(x)
+            targets = self.decomp.checked_analysis(x)
         return Observation(x, dict(zip(self.scales, activations, strict=True)), targets)
 
     def left(self, index: int, x: Tensor, coarser: Sequence[Tensor]) -> Tensor:
@@ -288,9 +293,8 @@ class HVAE(Pretrained, nn.Module):
 
         No gradient goes to the coarser bands.
         """
-        with full_precision(x.device):
-            residual = x - self.decomp.synthesis([band.detach() for band in coarser]) if coarser else x
-            return self.decomp.project(self.subsets[index].scale, residual)
+        residual = x - self.decomp.synthesis([band.detach() for band in coarser]) if coarser else x
+        return self.decomp.project(self.subsets[index].scale, residual)
 
     def evidence(self, index: int, seen: Observation, coarser: Sequence[Tensor]) -> Evidence:
         """What the posteriors of subset ``index`` see, given the coarser bands."""
@@ -325,8 +329,7 @@ class HVAE(Pretrained, nn.Module):
     def result(self, passes: Sequence[SubsetPass], dtype: torch.dtype, x: Tensor | None = None) -> Result:
         """Gather a pass, with the reconstruction in ``dtype`` and, given data, its likelihood."""
         bands = [p.band for p in passes]
-        with full_precision(bands[0].device):
-            reconstruction = self.decomp.synthesis(bands)
+        reconstruction = self.decomp.synthesis(bands)
         posteriors = [q for p in passes for q in p.posteriors]
         priors = [q for p in passes for q in p.priors]
         kl = None
@@ -377,7 +380,7 @@ class HVAE(Pretrained, nn.Module):
         seen = self.observe(x)
         if self.training:
             self._observe_bands(seen)
-        passes = self.top_down([None] * self.depth, len(x), seen, temperature=temperature, generator=generator)
+        passes = self.top_down([None] * self.depth, x.shape[0], seen, temperature=temperature, generator=generator)
         return self.result(passes, x.dtype, seen.x)
 
     def loss(self, x: Tensor, generator: torch.Generator | None = None, *, kl_weight: float = 1.0) -> Tensor:
@@ -428,7 +431,7 @@ class HVAE(Pretrained, nn.Module):
         for i, z in enumerate(full):
             if z is not None and z.device != self.device:
                 raise ValueError(f"latents[{i}] is on {z.device}, the model on {self.device}")
-        passes = self.top_down(full, len(given), until=until, temperature=temperature, generator=generator)
+        passes = self.top_down(full, given.shape[0], until=until, temperature=temperature, generator=generator)
         return self.result(passes, self._signal_dtype(given.dtype))
 
     @torch.no_grad()
@@ -452,16 +455,19 @@ class HVAE(Pretrained, nn.Module):
         moments = moments_of(data, self.decomp, self.device)
         self._standardise(moments)
         self.calibrated.fill_(_WARM_UP_BATCHES)
+        self._is_settled = True
         is_learned = isinstance(self.log_sigma, nn.Parameter)
         warn_of_sigma(*(_SIGMA_RANGE if is_learned else (float(self.sigma),) * 2), moments[-1])
 
     @torch.no_grad()
     def _observe_bands(self, seen: Observation) -> None:
         """Until calibrated, follow the bands' moments over the first training batches."""
-        if (batches := int(self.calibrated)) >= _WARM_UP_BATCHES:
+        if self._is_settled:
             return
-        with full_precision(seen.x.device):
-            bands = seen.targets if seen.targets is not None else self.decomp.checked_analysis(seen.x)
+        if (batches := int(self.calibrated)) >= _WARM_UP_BATCHES:
+            self._is_settled = True
+            return
+        bands = seen.targets if seen.targets is not None else self.decomp.checked_analysis(seen.x)
         moments = [BandMoments.of(part) for part in (*bands, pack(seen.x))]
         if batches and self._moments is not None:
             moments = [a + b for a, b in zip(self._moments, moments, strict=True)]

@@ -10,7 +10,6 @@ its own band costs at most one subset and one head.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple, cast
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
+from separable_hvae._cached import cached_property
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.gaussian import Gaussian
 from separable_hvae.functional import resample, widen
@@ -66,7 +65,7 @@ class SubsetPass:
     @cached_property
     def surprises(self) -> "list[Surprise]":
         """How far latents lie from their priors: one entry for each run of layers with one grid."""
-        grids = groupby(range(len(self.latents)), key=lambda i: self.latents[i].shape)
+        grids = groupby(range(len(self.latents)), key=lambda i: tuple(self.latents[i].shape[1:]))
         return [Surprise.of(self.raws, self.latents, list(same)) for _, same in grids]
 
     def log_prior(self) -> Tensor:
@@ -164,8 +163,7 @@ class Subset(nn.Module):
         layer, missing = self.layers[m], None
         if evidence.target is not None and self.scales[m] == self.scale:
             said = self._checked(self.head.read(resample(context, layer.grid)))
-            with full_precision(said.device):
-                picture = self.head.decomp.to_grid(self.scale, evidence.target - said)
+            picture = self.head.decomp.to_grid(self.scale, evidence.target - said)
             missing = resample(picture.to(context.dtype), layer.grid)
         return layer.guess(context, evidence.activations[m], missing)
 
