@@ -7,7 +7,8 @@ from threading import Lock
 from torch import nn
 
 _LOCK = Lock()
-_HELD: dict[Hashable, tuple[AbstractContextManager[object], int]] = {}
+HELD: dict[Hashable, tuple[AbstractContextManager[object], int]] = {}
+"""The changes that are made now, by key, with how many hold each."""
 
 
 @contextmanager
@@ -21,17 +22,17 @@ def refcounted(key: Hashable, change: Callable[[], AbstractContextManager[object
         change: Makes the context of the change.
     """
     with _LOCK:
-        context, holders = _HELD.get(key) or (change(), 0)
+        context, holders = HELD.get(key) or (change(), 0)
         if not holders:
             context.__enter__()
-        _HELD[key] = context, holders + 1
+        HELD[key] = context, holders + 1
     try:
         yield
     finally:
         with _LOCK:
-            context, holders = _HELD.pop(key)
+            context, holders = HELD.pop(key)
             if holders > 1:
-                _HELD[key] = context, holders - 1
+                HELD[key] = context, holders - 1
             else:
                 context.__exit__(None, None, None)
 
@@ -46,8 +47,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def is_held(key: Hashable) -> bool:
-    """Whether anybody holds a change now."""
-    return key in _HELD

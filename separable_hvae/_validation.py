@@ -149,6 +149,25 @@ def plain(name: str, value: Any) -> Any:
     raise TypeError(f"{name} holds {shown}, which JSON cannot hold")
 
 
+def constructor_arguments(made: object) -> dict[str, Any]:
+    """Arguments that build an object again, as JSON holds them: for each, the attribute of the same name.
+
+    Raises:
+        TypeError: If an attribute is missing or JSON cannot hold it; the object's class is to override ``config``.
+    """
+    kind, arguments = type(made).__name__, {}
+    for name, parameter in inspect.signature(type(made)).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"{kind} cannot tell what its argument {parameter} was: override its config()")
+        if not hasattr(made, name):
+            raise TypeError(f"{kind} has no attribute {name!r} for its argument: set it, or override its config()")
+        try:
+            arguments[name] = plain(f"{kind}.{name}", getattr(made, name))
+        except TypeError as error:
+            raise TypeError(f"{error}: override its config()") from error
+    return arguments
+
+
 T = TypeVar("T")
 
 
@@ -167,22 +186,3 @@ def instance_of(name: str, value: Any, known: Mapping[str, Callable[[], T]], bas
         hint = f": call it, {value.__name__}(…)" if isinstance(value, type) and issubclass(value, base) else ""
         raise TypeError(f"{name} must be a name or {with_article(base)}, got {shown(value)}{hint}")
     return value
-
-
-def constructor_arguments(thing: object) -> dict[str, Any]:
-    """The arguments that build an object again: for each one the attribute of the same name, as JSON gives it back.
-
-    Raises:
-        TypeError: If an attribute is missing or JSON cannot hold it.
-    """
-    kind, arguments = type(thing).__name__, {}
-    for name, parameter in inspect.signature(type(thing)).parameters.items():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"{kind} cannot tell what its argument {parameter} was: override its config()")
-        if not hasattr(thing, name):
-            raise TypeError(f"{kind} has no attribute {name!r} for its argument: set it, or override its config()")
-        try:
-            arguments[name] = plain(f"{kind}.{name}", getattr(thing, name))
-        except TypeError as error:
-            raise TypeError(f"{error}: override its config()") from error
-    return arguments

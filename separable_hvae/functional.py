@@ -1,5 +1,6 @@
 """Signals as tensors: complex ones as real numbers, other grids, and what is no number."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -12,7 +13,8 @@ from typing_extensions import override
 
 from separable_hvae._validation import check_flag
 
-REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+REAL = (torch.float64, torch.float32, *HALF)
 COMPLEX = (torch.complex128, torch.complex64)
 _RESAMPLING = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _POOLING: dict[int, Callable[..., Tensor]] = {
@@ -41,9 +43,14 @@ def resample(y: Tensor, points: Sequence[int]) -> Tensor:
     return y
 
 
+def real(y: Tensor) -> Tensor:
+    """Complex numbers as real ones, with a last axis of two; real ones as they are."""
+    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
+
+
 def pack(x: Tensor) -> Tensor:
     """View a signal as real numbers: ``(B, C, ...)`` complex becomes ``(B, 2C, ...)`` real."""
-    return rearrange(torch.view_as_real(x.resolve_conj()), "b c ... two -> b (c two) ...") if x.is_complex() else x
+    return rearrange(real(x), "b c ... two -> b (c two) ...") if x.is_complex() else x
 
 
 def unpack(y: Tensor, *, is_complex: bool) -> Tensor:
@@ -76,8 +83,8 @@ _all_finite = cast(Callable[[Tensor], Tensor], _AllFinite.apply)
 
 
 def check_finite(name: str, x: Tensor) -> None:
-    """Raise a ``ValueError`` if a tensor holds NaN or infinity."""
-    if not bool(_all_finite(x.detach())):
+    """Raise a ``ValueError`` if a tensor holds NaN or infinity; traced code, which cannot read it, goes on."""
+    if not torch.compiler.is_compiling() and not bool(_all_finite(x.detach())):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
@@ -99,7 +106,7 @@ def finest(x: Tensor) -> Tensor:
 
 def widen(x: Tensor) -> Tensor:
     """Half precision as float32, anything else as it is."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if x.dtype in HALF else x
 
 
 def cast_exactly(kept: Iterable[nn.Module], cast_all: Callable[[], object]) -> None:
@@ -134,3 +141,13 @@ def graph_for(asked: bool, *given: Any) -> AbstractContextManager[Any]:
 def signal_dtype(real: torch.dtype, is_complex: bool) -> torch.dtype:
     """The dtype of signals of a real precision: itself, or its complex partner."""
     return (torch.complex128 if real == torch.float64 else torch.complex64) if is_complex else real
+
+
+def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers of samples ``(B,)`` as ``(B, 1, …)``, to go with tensors ``(B, ...)`` of as many axes as ``like``."""
+    return numbers.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors are; the CPU where it has none."""
+    return next((t.device for t in itertools.chain(module.parameters(), module.buffers())), torch.device("cpu"))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from separable_hvae._float32 import full_precision
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.nn.decoder import Observation
@@ -95,5 +94,4 @@ class DataTerm(ABC):
 
 def piece(decomp: Decomposition, index: int, band: Tensor) -> Tensor:
     """What one band adds to the signal, ``(B, C, *size)``."""
-    with full_precision(band.device):
-        return decomp.synthesis([*[None] * index, band])
+    return decomp.synthesis([*[None] * index, band])

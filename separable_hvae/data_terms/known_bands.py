@@ -22,7 +22,7 @@ from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit
 from separable_hvae.data_terms.gaussian_inference import mean_bands, standard
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.energies import gaussian_energy
-from separable_hvae.functional import check_finite
+from separable_hvae.functional import check_finite, device_of
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.nn.decoder import Observation
 
@@ -201,7 +201,7 @@ def masks_of(decomp: Decomposition, project: Callable[[Tensor], Tensor]) -> list
     check_instance("decomp", decomp, Decomposition)
     check_callable("project", project, "(signals) -> signals")
     generator = torch.Generator().manual_seed(0)
-    device = next((t.device for t in [*decomp.parameters(), *decomp.buffers()]), torch.device("cpu"))
+    device = device_of(decomp)
     drawn = (
         torch.randn(1, *shape, generator=generator, device="cpu", dtype=torch.float64)
         for shape in decomp.band_shapes.values()

@@ -37,11 +37,11 @@ from separable_hvae._validation import (
 )
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit, piece
 from separable_hvae.data_terms.gaussian_inference import covariance, draws, mean_bands, standard, white
-from separable_hvae.data_terms.operator import Map, Operator, condition, real
+from separable_hvae.data_terms.operator import Map, Operator, condition
 from separable_hvae.data_terms.physics import Physics, noise_of
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.noise import GaussianNoise, Noise
-from separable_hvae.functional import check_finite
+from separable_hvae.functional import check_finite, real
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.nn.decoder import Observation
 

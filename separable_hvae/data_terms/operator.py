@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from separable_hvae._float32 import full_precision
-from separable_hvae.functional import check_finite, pack
+from separable_hvae.functional import check_finite, pack, per_sample, unpack
 
 Map = Callable[..., Tensor]
 
@@ -86,7 +86,7 @@ class Operator:
             raise ValueError(f"adjoint must give signals of shape {tuple(wanted)}, got {tuple(found.shape)}")
         if found.is_complex() != (like.is_complex() and not self.stacked):
             raise TypeError(f"adjoint must give {'real' if self.stacked else like.dtype} signals, got {found.dtype}")
-        return unpack_like(found, like) if self.stacked else found
+        return unpack(found, is_complex=like.is_complex()) if self.stacked else found
 
     def require_laws(self, like: Tensor, y: Tensor, given: Sequence[Tensor]) -> None:
         """Measure on random signals whether the operator is linear and its adjoint is one.
@@ -128,8 +128,8 @@ class Operator:
             # A difference asks less of an operator than a second derivative would.
             at = norm(like)
             size = torch.finfo(size_type(y)).eps ** (1 / 3) * torch.where(at > 0, at, 1) / norm(back).clamp_min(small)
-            ahead, behind = (self.predict(like + _rows(step, like) * back, y, given) for step in (size, -size))
-            through = (ahead - behind) / _rows(2 * size, y)
+            ahead, behind = (self.predict(like + per_sample(step, like) * back, y, given) for step in (size, -size))
+            through = (ahead - behind) / per_sample(2 * size, y)
         found = norm(through).square() / norm(back).square().clamp_min(small)
         return found.reshape(-1, *[1] * (y.ndim - 1))
 
@@ -176,10 +176,10 @@ def condition(
         moved = spread(direction)
         curvature = inner(direction, moved)
         size = torch.where(going & (curvature > 0), energy / curvature, 0)
-        weights = weights + _rows(size, y) * direction
-        residual = residual - _rows(size, y) * moved
+        weights = weights + per_sample(size, y) * direction
+        residual = residual - per_sample(size, y) * moved
         new = norm(residual).square()
-        direction = residual + _rows(torch.where(going, new / energy, 0), y) * direction
+        direction = residual + per_sample(torch.where(going, new / energy, 0), y) * direction
         energy = torch.where(going, new, energy)
     return mean + covariance(operator.transposed(weights, mean, given))
 
@@ -195,22 +195,9 @@ def norm(a: Tensor) -> Tensor:
     return inner(a, a).sqrt()
 
 
-def real(y: Tensor) -> Tensor:
-    """Complex measurements as real ones, with a last axis of two; real ones as they are."""
-    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
-
-
 def size_type(y: Tensor) -> torch.dtype:
     """The real dtype of a tensor's parts."""
     return y.real.dtype if y.is_complex() else y.dtype
-
-
-def unpack_like(y: Tensor, like: Tensor) -> Tensor:
-    """Signals with real and imaginary part as channels, in the form of signals ``like``."""
-    if not like.is_complex():
-        return y
-    parts = y.reshape(len(y), like.shape[1], 2, *like.shape[2:])
-    return torch.complex(parts[:, :, 0], parts[:, :, 1])
 
 
 def _called(name: str, function: Map, x: Tensor, given: Sequence[Tensor]) -> Tensor:
@@ -233,7 +220,3 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """One random draw, the same for every sample."""
     drawn = torch.randn(like[:1].shape, generator=generator, device=generator.device, dtype=like.dtype)
     return drawn.to(like.device).expand_as(like)
-
-
-def _rows(size: Tensor, like: Tensor) -> Tensor:
-    return size.reshape(-1, *[1] * (like.ndim - 1))

@@ -20,13 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.decompositions.base import Decomposition, sides, transform
+from separable_hvae.decompositions.base import Decomposition
+from separable_hvae.decompositions.checks import sides
+from separable_hvae.decompositions.tables import Tables
 from separable_hvae.functional import pack, unpack
 
 Bins = NDArray[np.int64]
 
 
-class _Packing(nn.Module):
+class _Packing(Tables):
     """Signals on one grid against the packed real coefficients of some of their bins.
 
     Args:
@@ -44,7 +46,6 @@ class _Packing(nn.Module):
     def __init__(
         self, points: Sequence[int], bins: Sequence[Bins], paired: Sequence[NDArray[np.bool_]], is_complex: bool
     ):
-        super().__init__()
         self.points = tuple(points)
         self.axes = tuple(range(-len(self.points), 0))
         self.is_complex = is_complex
@@ -70,10 +71,9 @@ class _Packing(nn.Module):
             doubled.append(np.concatenate([pair[two], pair[two], pair[~two]]))
             start += len(slots)
         self.sizes = [len(g) for g in gather]
-        self.register_buffer("gather", torch.as_tensor(np.concatenate(gather)), persistent=False)
-        self.register_buffer("doubled", torch.as_tensor(np.concatenate(doubled)), persistent=False)
-        self.register_buffer("source", torch.as_tensor(source), persistent=False)
-        self.register_buffer("sign", torch.as_tensor(sign), persistent=False)
+        super().__init__(
+            {"gather": np.concatenate(gather), "doubled": np.concatenate(doubled), "source": source, "sign": sign}
+        )
 
     def _place(self, k: Bins) -> Bins:
         wrapped = [k[:, d] % n for d, n in enumerate(self.points)]
@@ -108,7 +108,7 @@ class _Fourier(Decomposition):
     axes: ClassVar[int]
     full_spectrum: ClassVar[bool]
 
-    def __init__(self, size: int | Sequence[int], channels: int, scales: Sequence[int] | None) -> None:
+    def __init__(self, size: int | Sequence[int], channels: int = 1, scales: Sequence[int] | None = None) -> None:
         super().__init__(sides(size, self.axes), channels, scales, is_complex=self.full_spectrum)
 
     @override
@@ -139,25 +139,21 @@ class _Fourier(Decomposition):
         return (self.channels, self._count[scale]) if scale in self._count else None
 
     @override
-    @transform
     def analysis(self, x: Tensor) -> list[Tensor]:
         return list(torch.split(self.full.read(self.check_signal(x)), self.full.sizes, dim=2))
 
     @override
-    @transform
     def synthesis(self, bands: Sequence[Tensor | None]) -> Tensor:
         x: Tensor = self.full.write(torch.cat(self.check_bands(bands), dim=2))
         return x
 
     @override
-    @transform
     def to_grid(self, scale: int, h: Tensor) -> Tensor:
         """Show a ring on ``min(2s, n_d)`` points: an isometry."""
         h = self.check_band(scale, h)
         return pack(self.pictures[str(scale)].write(h))  # type: ignore[operator]
 
     @override
-    @transform
     def from_grid(self, scale: int, y: Tensor) -> Tensor:
         """Return the ring of a small signal on ``min(2s, n_d)`` points; the adjoint of ``to_grid``."""
         y = self.check_picture(scale, y)
@@ -195,12 +191,17 @@ class FFT1Real(_Fourier):
     axes = 1
     full_spectrum = False
 
-    def __init__(self, size: int | Sequence[int], channels: int = 1, scales: Sequence[int] | None = None) -> None:
-        super().__init__(size, channels, scales)
-
 
 class FFT2Real(_Fourier):
     """Hermitian half-spectrum of real signals ``(B, C, H, W)``, cut into rings ``(C, K)``.
+
+    >>> decomp = FFT2Real(8, channels=1)
+    >>> decomp.scales, decomp.band_shapes
+    ((1, 2, 4, 8), {1: (1, 1), 2: (1, 8), 4: (1, 16), 8: (1, 39)})
+    >>> x = torch.randn(2, 1, 8, 8)
+    >>> bands = decomp.analysis(x)
+    >>> torch.allclose(decomp.synthesis(bands), x, atol=1e-5)
+    True
 
     Args:
         size: Points on each axis; an int is a square.
@@ -226,9 +227,6 @@ class FFT3Real(_Fourier):
     axes = 3
     full_spectrum = False
 
-    def __init__(self, size: int | Sequence[int], channels: int = 1, scales: Sequence[int] | None = None) -> None:
-        super().__init__(size, channels, scales)
-
 
 class FFT1Complex(_Fourier):
     """Full spectrum of complex signals ``(B, C, n)``, see :class:`FFT2Complex`."""
@@ -236,12 +234,15 @@ class FFT1Complex(_Fourier):
     axes = 1
     full_spectrum = True
 
-    def __init__(self, size: int | Sequence[int], channels: int = 1, scales: Sequence[int] | None = None) -> None:
-        super().__init__(size, channels, scales)
-
 
 class FFT2Complex(_Fourier):
     """Full spectrum of complex signals ``(B, C, H, W)``, cut into rings ``(C, 2 × bins)``.
+
+    >>> decomp = FFT2Complex(8)
+    >>> [h.dtype for h in decomp.analysis(torch.randn(2, 1, 8, 8, dtype=torch.complex64))][-1]
+    torch.float32
+    >>> sum(channels * entries for channels, entries in decomp.band_shapes.values()) == decomp.numel == 2 * 8 * 8
+    True
 
     Args and errors are those of :class:`FFT2Real`.
     """
@@ -249,15 +250,9 @@ class FFT2Complex(_Fourier):
     axes = 2
     full_spectrum = True
 
-    def __init__(self, size: int | Sequence[int], channels: int = 1, scales: Sequence[int] | None = None) -> None:
-        super().__init__(size, channels, scales)
-
 
 class FFT3Complex(_Fourier):
     """Full spectrum of complex signals ``(B, C, D, H, W)``, see :class:`FFT2Complex`."""
 
     axes = 3
     full_spectrum = True
-
-    def __init__(self, size: int | Sequence[int], channels: int = 1, scales: Sequence[int] | None = None) -> None:
-        super().__init__(size, channels, scales)

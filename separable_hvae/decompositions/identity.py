@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae.decompositions.base import Decomposition, transform
+from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import pack, unpack
 
 
@@ -13,6 +13,10 @@ class Identity(Decomposition):
     """One band, the signal itself, at the last scale: the vanilla HVAE with one decoder.
 
     Its only subset is the whole hierarchy, so that refining it latent by latent is eq. 4.
+
+    >>> decomp = Identity(8, channels=1)
+    >>> decomp.scales, decomp.band_shapes
+    ((1, 2, 4, 8), {8: (1, 8, 8)})
 
     Args:
         size: Points on each axis; an int is a square, a tuple any number of axes.
@@ -33,12 +37,10 @@ class Identity(Decomposition):
         super().__init__(size, channels, scales, is_complex=is_complex)
 
     @override
-    @transform
     def analysis(self, x: Tensor) -> list[Tensor]:
         return [pack(self.check_signal(x))]
 
     @override
-    @transform
     def synthesis(self, bands: Sequence[Tensor | None]) -> Tensor:
         return unpack(self.check_bands(bands)[0], is_complex=self.is_complex)
 

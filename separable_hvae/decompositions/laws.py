@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae._validation import came_as
+from separable_hvae._validation import check_instance, check_number
+from separable_hvae.decompositions.checks import wrong_bands
+from separable_hvae.functional import device_of
 
 if TYPE_CHECKING:
     from separable_hvae.decompositions.base import Decomposition
@@ -73,10 +75,33 @@ class LawReport:
                 )
 
 
+def check(self: "Decomposition", *, tolerance: float | None = None, dtype: torch.dtype = torch.float64) -> LawReport:
+    """Measure every law on random signals and bands.
+
+    Args:
+        self: The decomposition, whose method this is.
+        tolerance: Largest relative error allowed; ``None`` takes 1e-10 in float64, 1e-4 in float32.
+        dtype: Real dtype to measure in.
+
+    Returns:
+        The measured errors and, for each scale, the condition numbers of ``to_grid`` and ``from_grid``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a law does not hold; the message names each failing law and by how much.
+    """
+    check_instance("dtype", dtype, torch.dtype)
+    if tolerance is not None:
+        check_number("tolerance", tolerance, "at least 0 and finite")
+    report = measure_laws(self, dtype)
+    report.require(tolerance if tolerance is not None else (1e-10 if dtype == torch.float64 else 1e-4))
+    return report
+
+
 @torch.no_grad()
 def measure_laws(decomp: "Decomposition", dtype: torch.dtype) -> LawReport:
     """Measure every law of ``decomp`` on random inputs of a real ``dtype``, on its own device."""
-    device = next((t.device for t in [*decomp.parameters(), *decomp.buffers()]), torch.device("cpu"))
+    device = device_of(decomp)
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -119,14 +144,6 @@ def measure_laws(decomp: "Decomposition", dtype: torch.dtype) -> LawReport:
         picture = decomp.picture_shape(s)
         from_grid[s] = _condition(partial(decomp.from_grid, s), picture, math.prod(shape), dtype, device)
     return LawReport(errors, to_grid, from_grid)
-
-
-def wrong_bands(decomp: "Decomposition", bands: Sequence[object]) -> tuple[int, str]:
-    """How many of the bands that ``analysis`` gives are no real tensors of the shapes promised, and what they are."""
-    says = list(decomp.band_shapes.values())
-    gives = [tuple(b.shape[1:]) if isinstance(b, Tensor) and not b.is_complex() else came_as(b) for b in bands]
-    wrong = sum(a != b for a, b in zip(gives, says, strict=False)) + abs(len(gives) - len(says))
-    return wrong, f"analysis gives {gives}, band_shape says {says}"
 
 
 def _error(a: Tensor, b: Tensor) -> float:

@@ -12,19 +12,21 @@ the scale s with s_prev < n ≤ s; the last averages belong to the coarsest scal
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import numpy as np
 import pywt
 import torch
 from einops import rearrange
-from ptwt.constants import WaveletTensorTuple
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae.decompositions.base import Decomposition, sides, transform
+from separable_hvae._float32 import rounds_products
+from separable_hvae.decompositions.base import Decomposition
+from separable_hvae.decompositions.checks import sides
+from separable_hvae.decompositions.tables import Tables
 from separable_hvae.functional import pack, unpack
 
 _DENSE = 512  # Points up to which W_n is one matrix.
@@ -32,46 +34,24 @@ _BLOCK = 32  # Points of the blocks that it is applied in beyond.
 _MAX_DEFECT = 1e-6
 
 
-@lru_cache(maxsize=512)
-def _kept(
-    make: Callable[[str, int, bool], Tensor],
-    wavelet: str,
-    n: int,
-    transposed: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """What ``make`` gives, for everybody. Not a buffer: a cast would break its accuracy."""
-    # Whoever asks first may be tracing, in inference mode or under a transform of torch.func. Another thread is not.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: make(wavelet, n, transposed).to(dtype).to(device)).result()
-
-
-def _matrix(wavelet: str, n: int, transposed: bool = False) -> Tensor:
+def _matrix(wavelet: str, n: int) -> NDArray[np.float64]:
     """The orthogonal matrix W_n."""
-    filters = WaveletTensorTuple.from_wavelet(pywt.Wavelet(wavelet), torch.float64)
-    length = len(filters.dec_lo)
-    k, j = torch.meshgrid(torch.arange(n // 2), torch.arange(length), indexing="ij")
-    column = ((2 * k + length // 2 - j) % n).flatten()
-    index = torch.cat([k.flatten(), k.flatten() + n // 2]), column.repeat(2)
-    values = torch.cat([filters.dec_lo.expand(n // 2, -1).flatten(), filters.dec_hi.expand(n // 2, -1).flatten()])
-    matrix = torch.zeros(n, n, dtype=torch.float64).index_put(index, values, accumulate=True)
-    return matrix.T.contiguous() if transposed else matrix
+    filters = np.array(pywt.Wavelet(wavelet).filter_bank[:2])
+    length = filters.shape[1]
+    k, j = np.mgrid[: n // 2, :length]
+    matrix = np.zeros((2, n // 2, n))
+    for rows, values in zip(matrix, filters, strict=True):
+        np.add.at(rows, (k, (2 * k + length // 2 - j) % n), np.broadcast_to(values, k.shape))
+    return matrix.reshape(n, n)
 
 
-def _rows(wavelet: str, n: int, transposed: bool) -> Tensor:
-    """The n rows of a long W, with each average beside its detail, that follow one another along its diagonal."""
-    margin = _margin(wavelet)
-    matrix = _beside(_matrix(wavelet, n + 2 * margin))
-    return (matrix.T if transposed else matrix)[margin : margin + n].contiguous()
+def orthogonality_defect(wavelet: str) -> float:
+    """Largest entry of ``W W^T - I`` for a wavelet's periodized matrix, 0 for exact orthogonal filters."""
+    matrix = _matrix(wavelet, 2 * pywt.Wavelet(wavelet).dec_len)
+    return float(np.abs(matrix @ matrix.T - np.eye(len(matrix))).max())
 
 
-def _margin(wavelet: str) -> int:
-    """How many points before and after a block its rows read."""
-    return 2 * (int(pywt.Wavelet(wavelet).dec_len) // 4)
-
-
-def _beside(y: Tensor) -> Tensor:
+def _beside(y: Any) -> Any:
     """Averages and details one after the other, as pairs along the first axis."""
     return rearrange(y, "(two k) ... -> (k two) ...", two=2)
 
@@ -81,33 +61,53 @@ def _apart(y: Tensor) -> Tensor:
     return rearrange(y, "(k two) ... -> (two k) ...", two=2)
 
 
-def _along(wavelet: str, x: Tensor, axis: int, *, transposed: bool = False) -> Tensor:
-    """Multiply an axis by W_n, or by its transpose."""
-    moved = x.movedim(axis, 0)
-    columns, n = moved.flatten(1), len(moved)
-    if n <= _DENSE:
-        product = _kept(_matrix, wavelet, n, transposed, x.dtype, x.device) @ columns
-    elif transposed:
-        product = _in_blocks(wavelet, _beside(columns), transposed)
-    else:
-        product = _apart(_in_blocks(wavelet, columns, transposed))
-    return product.reshape(moved.shape).movedim(0, axis)
+class _Level(Tables):
+    """Multiplies axes of n points by W_n, or by its transpose: in float64, or in float32.
 
+    Long ones are not multiplied by the whole matrix. With each average beside its detail, the rows of a block of
+    points follow one another along its diagonal, and are the same for each block and the margins around it.
+    """
 
-def _in_blocks(wavelet: str, columns: Tensor, transposed: bool) -> Tensor:
-    """The same rows for each block of points and the margins around it, which wrap around."""
-    n, margin = len(columns), _margin(wavelet)
-    size = max(_BLOCK, margin)
-    if missing := -n % size:
-        around = torch.cat([columns[n - margin :], columns, columns[: missing + margin]])
-        starts = (0, margin, 2 * margin)
-        before, blocks, after = (around[i : i + n + missing].unflatten(0, (-1, size)) for i in starts)
-        before, after = before[:, :margin], after[:, size - margin :]
-    else:  # Half the copies.
-        blocks = columns.unflatten(0, (-1, size))
-        before, after = blocks[:, size - margin :].roll(1, 0), blocks[:, :margin].roll(-1, 0)
-    rows = _kept(_rows, wavelet, size, transposed, columns.dtype, columns.device)
-    return (rows @ torch.cat([before, blocks, after], dim=1)).flatten(0, 1)[:n]
+    def __init__(self, wavelet: str, n: int) -> None:
+        self.is_dense = n <= _DENSE
+        # How many points before and after a block its rows read.
+        self.margin = 2 * (int(pywt.Wavelet(wavelet).dec_len) // 4)
+        self.block = max(_BLOCK, self.margin)
+        if self.is_dense:
+            matrix = _matrix(wavelet, n)
+            rows, transposed = matrix, matrix.T
+        else:
+            matrix = _beside(_matrix(wavelet, self.block + 2 * self.margin))
+            rows, transposed = (m[self.margin : self.margin + self.block] for m in (matrix, matrix.T))
+        exact = {"rows": np.ascontiguousarray(rows), "transposed": np.ascontiguousarray(transposed)}
+        super().__init__({f"{name}{bits}": m.astype(f"float{bits}") for name, m in exact.items() for bits in (32, 64)})
+
+    @override
+    def forward(self, x: Tensor, axis: int, *, transposed: bool = False) -> Tensor:
+        moved = x.movedim(axis, 0)
+        wide = x.dtype == torch.float64 or (torch.compiler.is_compiling() and rounds_products(x.device))
+        columns = moved.flatten(1).to(torch.float64 if wide else torch.float32)
+        rows = self.get_buffer(f"{'transposed' if transposed else 'rows'}{64 if wide else 32}")
+        if self.is_dense:
+            product = rows @ columns
+        elif transposed:
+            product = self._in_blocks(rows, _beside(columns))
+        else:
+            product = _apart(self._in_blocks(rows, columns))
+        return product.to(x.dtype).reshape(moved.shape).movedim(0, axis)
+
+    def _in_blocks(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The same rows for each block of points and the margins around it, which wrap around."""
+        n, margin, size = len(columns), self.margin, self.block
+        if missing := -n % size:
+            around = torch.cat([columns[n - margin :], columns, columns[: missing + margin]])
+            starts = (0, margin, 2 * margin)
+            before, blocks, after = (around[i : i + n + missing].unflatten(0, (-1, size)) for i in starts)
+            before, after = before[:, :margin], after[:, size - margin :]
+        else:  # Half the copies.
+            blocks = columns.unflatten(0, (-1, size))
+            before, after = blocks[:, size - margin :].roll(1, 0), blocks[:, :margin].roll(-1, 0)
+        return (rows @ torch.cat([before, blocks, after], dim=1)).flatten(0, 1)[:n]
 
 
 def _halvings(size: Sequence[int]) -> int:
@@ -126,10 +126,10 @@ class _Wavelet(Decomposition):
     def __init__(
         self,
         size: int | Sequence[int],
-        wavelet: str,
-        channels: int,
-        scales: Sequence[int] | None,
-        is_complex: bool,
+        wavelet: str = "haar",
+        channels: int = 1,
+        scales: Sequence[int] | None = None,
+        is_complex: bool = False,
     ) -> None:
         if not isinstance(wavelet, str) or wavelet not in pywt.wavelist(kind="discrete"):
             raise ValueError(f"wavelet must be a name from pywt.wavelist(kind='discrete'), got {wavelet!r}")
@@ -138,9 +138,8 @@ class _Wavelet(Decomposition):
             raise ValueError(
                 f"wavelet {wavelet!r} is not orthogonal: its filters' defect is {defect:.1g}, allowed is {_MAX_DEFECT}"
             )
-        points = sides(size, self.axes)
-        super().__init__(points, channels, scales, is_complex=is_complex)
         self.wavelet = wavelet
+        super().__init__(sides(size, self.axes), channels, scales, is_complex=is_complex)
 
     @override
     def build(self) -> None:
@@ -148,6 +147,8 @@ class _Wavelet(Decomposition):
             raise ValueError(f"size {self.size} cannot be halved: a wavelet needs every axis longer than 1 to be even")
         # Sizes on the way down, fine to coarse; an axis of one point has nothing left to split.
         self._levels = [tuple(max(n >> j, 1) for n in self.size) for j in range(levels + 1)]
+        split = {n for points in self._levels[:-1] for n in points if n > 1}
+        self.products = nn.ModuleDict({str(n): _Level(self.wavelet, n) for n in sorted(split)})
         # Each band gathers a run of levels: the last averages or the details of one or more levels.
         self._runs: dict[int, list[tuple[int, ...]]] = {s: [] for s in self.scales}
         for points in self._levels:
@@ -197,7 +198,7 @@ class _Wavelet(Decomposition):
         half = [y]
         for axis, n in enumerate(y.shape[2:], start=2):
             if n > 1:
-                half = [block for part in half for block in _along(self.wavelet, part, axis).chunk(2, axis)]
+                half = [block for part in half for block in self.products[str(n)](part, axis).chunk(2, axis)]
         return half[0], torch.cat(half[1:], dim=1)
 
     def _merge(self, average: Tensor, details: Tensor, points: tuple[int, ...]) -> Tensor:
@@ -206,7 +207,7 @@ class _Wavelet(Decomposition):
         for axis, n in reversed(list(enumerate(points, start=2))):
             if n > 1:
                 pairs = [torch.cat(pair, axis) for pair in zip(blocks[::2], blocks[1::2], strict=True)]
-                blocks = [_along(self.wavelet, pair, axis, transposed=True) for pair in pairs]
+                blocks = [self.products[str(n)](pair, axis, transposed=True) for pair in pairs]
         return blocks[0]
 
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -217,10 +218,9 @@ class _Wavelet(Decomposition):
         if len(shapes) == 1:
             return [h]
         pieces = torch.split(h, [math.prod(s) for s in shapes], dim=1)
-        return [p.reshape(len(h), *s) for p, s in zip(pieces, shapes, strict=True)]
+        return [p.reshape(h.shape[0], *s) for p, s in zip(pieces, shapes, strict=True)]
 
     @override
-    @transform
     def analysis(self, x: Tensor) -> list[Tensor]:
         average, parts = pack(self.check_signal(x)), {}
         for points in self._levels[:-1]:
@@ -229,7 +229,6 @@ class _Wavelet(Decomposition):
         return [self._join([parts[p] for p in self._runs[s]]) for s in self.band_scales]
 
     @override
-    @transform
     def synthesis(self, bands: Sequence[Tensor | None]) -> Tensor:
         full = self.check_bands(bands)
         y: Tensor | None = None
@@ -244,7 +243,7 @@ class _Wavelet(Decomposition):
                 y = part
             else:
                 if y is None:
-                    y = part.new_zeros(len(part), self.real_channels, *self._half(points)[0])
+                    y = part.new_zeros(part.shape[0], self.real_channels, *self._half(points)[0])
                 y = self._merge(y, part, points)
         assert y is not None
         return y
@@ -255,13 +254,11 @@ class _Wavelet(Decomposition):
         return (self.real_channels, *self._runs[scale][-1])
 
     @override
-    @transform
     def to_grid(self, scale: int, h: Tensor) -> Tensor:
         """Show a band at the resolution that its details lead to: an isometry."""
         return self._upwards(scale, None, self.check_band(scale, h))
 
     @override
-    @transform
     def from_grid(self, scale: int, y: Tensor) -> Tensor:
         """Return the details of a small signal; the adjoint of ``to_grid``."""
         y = self.check_picture(scale, y)
@@ -278,13 +275,10 @@ class _Wavelet(Decomposition):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, wavelet={self.wavelet!r}"
 
-
-@lru_cache
-def orthogonality_defect(wavelet: str) -> float:
-    """Largest entry of ``W W^T - I`` for a wavelet's periodized matrix, 0 for exact orthogonal filters."""
-    n = 2 * pywt.Wavelet(wavelet).dec_len
-    matrix = _kept(_matrix, wavelet, n, False, torch.float64, torch.device("cpu"))
-    return float((matrix @ matrix.T - torch.eye(n, dtype=torch.float64, device="cpu")).abs().max())
+    @override
+    def __repr__(self) -> str:
+        # The products say nothing that size and wavelet do not.
+        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 class Wavelet1(_Wavelet):
@@ -292,22 +286,19 @@ class Wavelet1(_Wavelet):
 
     axes = 1
 
-    def __init__(
-        self,
-        size: int | Sequence[int],
-        wavelet: str = "haar",
-        channels: int = 1,
-        scales: Sequence[int] | None = None,
-        is_complex: bool = False,
-    ) -> None:
-        super().__init__(size, wavelet, channels, scales, is_complex)
-
 
 class Wavelet2(_Wavelet):
     """Periodized orthogonal wavelet bands of signals ``(B, C, H, W)``.
 
     Scales below the last halving emit no band; their latents belong to the next band. Scales that
     skip halvings gather several levels in one flat band.
+
+    >>> decomp = Wavelet2(8, "db2", channels=1)
+    >>> decomp.scales, decomp.band_shapes
+    ((1, 2, 4, 8), {1: (1, 1, 1), 2: (3, 1, 1), 4: (3, 2, 2), 8: (3, 4, 4)})
+    >>> average, *details = decomp.analysis(torch.ones(1, 1, 8, 8))
+    >>> round(float(average), 4), max(float(h.abs().max()) for h in details) < 1e-5
+    (8.0, True)
 
     Args:
         size: Points on each axis; an int is a square. Every axis longer than 1 must be even.
@@ -339,13 +330,3 @@ class Wavelet3(_Wavelet):
     """Wavelet bands of signals ``(B, C, D, H, W)``, see :class:`Wavelet2`."""
 
     axes = 3
-
-    def __init__(
-        self,
-        size: int | Sequence[int],
-        wavelet: str = "haar",
-        channels: int = 1,
-        scales: Sequence[int] | None = None,
-        is_complex: bool = False,
-    ) -> None:
-        super().__init__(size, wavelet, channels, scales, is_complex)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -53,7 +53,9 @@ class Gaussian:
         if temperature == 0:
             return self.mean
         device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        # torch.compile takes no generator, not even None, where the batch is of any size.
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        noise: Tensor = torch.randn(self.mean.shape, device=device, dtype=self.mean.dtype, **source)
         return self.mean + temperature * self.sigma * noise.to(self.mean.device)
 
     def whiten(self, z: Tensor) -> Tensor:

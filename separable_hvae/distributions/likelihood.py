@@ -13,7 +13,6 @@ band that finer ones follow a Gaussian of the same variance: many independent er
 transform, are nearly that.
 """
 
-import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._validation import came, check_integer, check_number, is_number, plain, shown
+from separable_hvae._validation import came, check_integer, check_number, constructor_arguments, is_number, shown
 from separable_hvae.distributions.energies import (
     gaussian_energy,
     gaussian_log_partition,
@@ -114,13 +113,7 @@ class Likelihood(nn.Module, ABC):
         Raises:
             TypeError: If an attribute is missing or JSON cannot hold it.
         """
-        kind = type(self).__name__
-        names = inspect.signature(type(self)).parameters
-        if missing := [name for name in names if not hasattr(self, name)]:
-            raise TypeError(
-                f"{kind} has no attribute {missing[0]!r} for its argument: set it, or override its config()"
-            )
-        return {name: plain(f"{kind}.{name}", getattr(self, name)) for name in names}
+        return constructor_arguments(self)
 
 
 class _OneSigma(Likelihood):

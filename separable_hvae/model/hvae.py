@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
-from separable_hvae._float32 import full_precision
 from separable_hvae._validation import (
     check_flag,
     check_generator,
@@ -167,8 +166,7 @@ class HVAE(nn.Module):
         check_finite("x", x)
         x = x.to(signal_dtype(self.real_dtype, self.decomp.is_complex))
         activations = self.encoder(self.standardization.scaled(pack(x)).to(self.start.dtype))
-        with full_precision(x.device):
-            targets = self.decomp.checked_analysis(x) if self.decomp.orthonormal else None
+        targets = self.decomp.checked_analysis(x) if self.decomp.orthonormal else None
         return Observation(x, dict(zip(self.scales, activations, strict=True)), targets)
 
     def conditions(
@@ -216,8 +214,8 @@ class HVAE(nn.Module):
             seen = self.observe(x)
             if self.training and not self.is_calibrated:
                 self.standardization.follow(self.decoder, seen)
-            conditions = self.conditions(condition, len(x), generator)
-            passes = self.decoder([None] * self.depth, len(x), seen, conditions, **draws)
+            conditions = self.conditions(condition, x.shape[0], generator)
+            passes = self.decoder([None] * self.depth, x.shape[0], seen, conditions, **draws)
             return self.result(passes, x.dtype, seen.x)
 
     def loss(
@@ -282,8 +280,8 @@ class HVAE(nn.Module):
         """
         draws, (full, given) = _draws(temperature, generator), decodable(latents, self.latent_shapes, self.device)
         with graph_for(with_grad or self.training, *full, condition):
-            conditions = self.conditions(condition, len(given), generator)
-            passes = self.decoder(full, len(given), None, conditions, until=until, **draws)
+            conditions = self.conditions(condition, given.shape[0], generator)
+            passes = self.decoder(full, given.shape[0], None, conditions, until=until, **draws)
             return self.result(passes, signal_dtype(given.dtype, self.decomp.is_complex))
 
     @torch.no_grad()

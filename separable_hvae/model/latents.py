@@ -30,7 +30,7 @@ def complete(
         raise TypeError(f"{name} must be a list with one entry for each layer, got {type(latents).__name__}")
     if len(latents) > len(shapes):
         raise ValueError(f"{name} must have at most {len(shapes)} entries, one for each layer, got {len(latents)}")
-    batch = next((len(z) for z in latents if isinstance(z, Tensor) and z.ndim), 0)
+    batch = next((z.shape[0] for z in latents if isinstance(z, Tensor) and z.ndim), 0)
     for i, (z, shape) in enumerate(zip(latents, shapes, strict=False)):
         if z is None:
             continue

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
 from separable_hvae.decompositions import Decomposition
 from separable_hvae.distributions import Likelihood, Prediction
 from separable_hvae.nn import SubsetPass
@@ -94,8 +93,7 @@ def gather(
         x: Signals ``(B, C, *size)`` to compare with.
     """
     bands = [p.band for p in passes]
-    with full_precision(bands[0].device):
-        reconstruction = decomp.synthesis(bands)
+    reconstruction = decomp.synthesis(bands)
     posteriors = [q for p in passes for q in p.posteriors]
     kl = None
     if all(q is not None for q in posteriors):

@@ -16,9 +16,11 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from separable_hvae._float32 import full_precision
 from separable_hvae._validation import came
@@ -87,11 +89,19 @@ class Standardization(nn.Module):
         self.register_buffer("magnitude", widen(torch.ones(())))
         self.register_buffer("offset", widen(torch.zeros(channels)))
         self._moments: list[BandMoments] | None = None
+        self._settled = False
 
     @property
     def is_settled(self) -> bool:
         """Whether the moments no longer change."""
-        return int(self.calibrated) >= _WARM_UP_BATCHES
+        # Known once it has been read, until a state is loaded: code that is traced cannot read a tensor.
+        self._settled = self._settled or int(self.calibrated) >= _WARM_UP_BATCHES
+        return self._settled
+
+    @override
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._settled = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     def scaled(self, x: Tensor) -> Tensor:
         """Packed signals ``(B, C, *size)`` as the encoder sees them."""
@@ -103,14 +113,14 @@ class Standardization(nn.Module):
         """Settle on moments of the bands and of the signals, see :func:`moments_of`."""
         self._take(subsets, bands, signals)
         self.calibrated.fill_(_WARM_UP_BATCHES)
+        self._settled = True
 
     @torch.no_grad()
     def follow(self, decoder: TopDown, seen: Observation) -> None:
         """Until settled, follow the moments over the first training batches."""
         if is_recomputing():  # A batch whose activations were checkpointed comes twice.
             return
-        with full_precision(seen.x.device):
-            bands = decoder.decomp.checked_analysis(seen.x) if seen.targets is None else seen.targets
+        bands = decoder.decomp.checked_analysis(seen.x) if seen.targets is None else seen.targets
         batches = int(self.calibrated)
         moments = [BandMoments.of(part) for part in (*bands, pack(seen.x))]
         if batches and self._moments is not None:

@@ -28,7 +28,7 @@ from separable_hvae._validation import (
     shown,
 )
 from separable_hvae.decompositions import Decomposition
-from separable_hvae.functional import COMPLEX, REAL, check_finite, pack, resample, unpack, widen
+from separable_hvae.functional import COMPLEX, REAL, check_finite, pack, per_sample, resample, unpack, widen
 from separable_hvae.nn.encoder import Encoder
 
 
@@ -125,7 +125,7 @@ class Condition(nn.Module, ABC):
             device = activations[0].device
             drawn = torch.rand(batch, generator=generator, device=device if generator is None else generator.device)
             known = (drawn >= self.dropout).to(device)
-            rows = known.reshape(-1, *[1] * (activations[0].ndim - 1))
+            rows = per_sample(known, activations[0])
             activations = [torch.where(rows, a, u.to(a)) for a, u in zip(activations, self.unknown, strict=True)]
         return ConditionFeatures(activations, mean, known)
 

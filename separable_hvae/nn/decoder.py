@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
 from separable_hvae._validation import check_integer, listed, shown
 from separable_hvae.decompositions import Decomposition
+from separable_hvae.functional import per_sample
 from separable_hvae.nn.conditions import ConditionFeatures
 from separable_hvae.nn.heads import ScaleHead
 from separable_hvae.nn.subset import Evidence, Subset, SubsetCondition, SubsetPass
@@ -127,10 +127,9 @@ class TopDown(nn.Module):
         activations = dict(zip(self.decomp.scales, features.activations, strict=True))
         centres: list[Tensor | None] = [None] * len(self.subsets)
         if features.mean is not None:
-            with full_precision(features.mean.device):
-                bands = self.decomp.analysis(features.mean)
+            bands = self.decomp.analysis(features.mean)
             centres = [
-                band if features.known is None else torch.where(_rows(features.known, band), band, subset.centre)
+                band if features.known is None else torch.where(per_sample(features.known, band), band, subset.centre)
                 for subset, band in zip(self.subsets, bands, strict=True)
             ]
         return [
@@ -143,9 +142,8 @@ class TopDown(nn.Module):
 
         No gradient goes to the coarser bands.
         """
-        with full_precision(x.device):
-            residual = x - self.decomp.synthesis([band.detach() for band in coarser]) if coarser else x
-            return self.decomp.project(self.subsets[index].scale, residual)
+        residual = x - self.decomp.synthesis([band.detach() for band in coarser]) if coarser else x
+        return self.decomp.project(self.subsets[index].scale, residual)
 
     def evidence(
         self, index: int, seen: Observation, coarser: Sequence[Tensor], condition: SubsetCondition | None = None
@@ -169,7 +167,3 @@ def layer_counts(layers: int | Sequence[int], scales: Sequence[int]) -> list[int
     if len(counts) != len(scales):
         raise ValueError(f"layers must be one number or one for each of the {len(scales)} scales, got {len(counts)}")
     return [check_integer("layers", count, 1) for count in counts]
-
-
-def _rows(numbers: Tensor, like: Tensor) -> Tensor:
-    return numbers.reshape(-1, *[1] * (like.ndim - 1))

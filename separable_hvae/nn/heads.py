@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import resample, widen
 from separable_hvae.nn.blocks import ResidualBlock, conv
@@ -88,8 +87,7 @@ class GridHead(ScaleHead):
     @override
     def read(self, context: Tensor) -> Tensor:
         picture = self.emit(resample(context, self.points))
-        with full_precision(picture.device):
-            return self.decomp.from_grid(self.scale, widen(picture))
+        return self.decomp.from_grid(self.scale, widen(picture))
 
 
 class CoefficientHead(ScaleHead):
@@ -119,8 +117,8 @@ class CoefficientHead(ScaleHead):
     def read(self, context: Tensor) -> Tensor:
         if self.on_grid:
             return self.emit(resample(context, self.shape[1:]))  # type: ignore[no-any-return]
-        flat = self.emit(context).reshape(len(context), self.rows, self.columns * math.prod(self.grid))
-        return flat[..., : self.shape[-1]].reshape(len(context), *self.shape)  # type: ignore[no-any-return]
+        flat = self.emit(context).reshape(context.shape[0], self.rows, self.columns * math.prod(self.grid))
+        return flat[..., : self.shape[-1]].reshape(context.shape[0], *self.shape)  # type: ignore[no-any-return]
 
 
 HEADS: dict[str, type[ScaleHead]] = {"grid": GridHead, "coefficient": CoefficientHead}

@@ -10,7 +10,6 @@ its own band costs at most one subset and one head.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple, cast
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
+from separable_hvae._cached import cached_property
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.gaussian import Gaussian, StackedGaussian
 from separable_hvae.functional import resample, widen
@@ -92,7 +91,7 @@ class SubsetPass:
         return torch.cat([prior.log_prob_of_whitened(whitened) for prior, whitened in pairs], dim=1)
 
     def _runs(self) -> list[list[int]]:
-        grids = groupby(range(len(self.latents)), key=lambda i: self.latents[i].shape)
+        grids = groupby(range(len(self.latents)), key=lambda i: tuple(self.latents[i].shape[1:]))
         return [list(run) for _, run in grids]
 
 
@@ -165,8 +164,7 @@ class Subset(nn.Module):
         context = self._conditioned(m, context, condition)
         if evidence.target is not None and self.scales[m] == self.scale:
             predicted = self._checked(self.head.read(resample(context, layer.grid)))
-            with full_precision(predicted.device):
-                picture = self.head.decomp.to_grid(self.scale, evidence.target - predicted)
+            picture = self.head.decomp.to_grid(self.scale, evidence.target - predicted)
             residual = resample(picture.to(context.dtype), layer.grid)
         return layer.infer(context, evidence.activations[m], residual)
 

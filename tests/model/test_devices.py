@@ -26,7 +26,6 @@ from separable_hvae import (
     masks_of,
     posterior_draws,
 )
-from separable_hvae.decompositions.wavelet import _kept, orthogonality_defect
 from tests.helpers.zoo import SMALL, Make
 
 X = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -36,8 +35,6 @@ META = torch.device("meta")
 @pytest.fixture(autouse=True)
 def _first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for cached in (_kept, orthogonality_defect):
-        cached.cache_clear()
 
 
 def build(make: Make) -> HVAE:
