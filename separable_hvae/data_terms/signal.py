@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae._fingerprint import Fingerprint, fingerprint
 from separable_hvae._float32 import full_precision
 from separable_hvae._validation import check_instance
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit, piece
@@ -71,19 +70,19 @@ class Signal(DataTerm):
 
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
-        distance, sigma = Distance(self.loss, fingerprint(self.loss)), model.sigma.detach()
+        distance, sigma = Distance(self.loss), model.sigma.detach()
         if seen.targets is not None:
             known = [*(target.detach() for target in seen.targets), sigma]
             return BoundTerm(
                 BandMisfit(model.decomp, distance), known, lambda i, _, data: [data[i], data[-1]], pure=True
             )
 
-        def aims(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
+        def targets(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
             x, sigma = data
             target = model.left(index, x, [band for band in bands[:index] if band is not None])
             return [pack(piece(model.decomp, index, target)), sigma]
 
-        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x, sigma], aims, pure=True)
+        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x, sigma], targets, pure=True)
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,9 @@ class Distance:
 
     Args:
         loss: ``"l2"``, ``"l1"``, or a callable ``(h_hat, h) -> (B,)``.
-        kept: What a callable keeps: code that was compiled with other tensors is of no use.
     """
 
     loss: Loss
-    kept: Fingerprint = ()
 
     def __call__(self, h_hat: Tensor, h: Tensor, sigma: Tensor) -> Tensor:
         """Measure, and check that a user's loss gives one number for each sample.
@@ -123,15 +120,15 @@ class Distance:
 class BandMisfit(Misfit):
     """Orthonormal bands against known ones, each on its own.
 
-    The model's σ comes last, in what a subset aims at and in the data.
+    The model's σ comes last, in a subset's targets and in the data.
     """
 
     decomp: Decomposition
     distance: Distance
 
     @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        return self.distance(band, *aim)
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        return self.distance(band, *targets)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
@@ -148,8 +145,8 @@ class SignalMisfit(Misfit):
     distance: Distance
 
     @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        return self.distance(pack(piece(self.decomp, index, band)), *aim)
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        return self.distance(pack(piece(self.decomp, index, band)), *targets)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:

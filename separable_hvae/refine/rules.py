@@ -153,7 +153,7 @@ class _Point(NamedTuple):
     @classmethod
     def at(cls, problem: Problem, latents: list[Tensor], before: "_Point | None") -> "_Point":
         gradient = joined(problem.gradient(latents))
-        assert problem.terms is not None
+        assert problem.value is not None
         preconditioned = problem.preconditioner * gradient
         direction = -preconditioned
         if before is not None:
@@ -164,8 +164,8 @@ class _Point(NamedTuple):
             direction = torch.where((dot(gradient, conjugate) < 0)[:, None], conjugate, direction)
         slope = dot(gradient, direction)
         length = -slope / problem.curvature(parted(direction, latents)).clamp_min(1e-30)
-        terms = problem.terms.objective
-        return cls(joined(latents), terms, gradient, preconditioned, direction, length, torch.ones_like(length))
+        objective, trust = problem.value.objective, torch.ones_like(length)
+        return cls(joined(latents), objective, gradient, preconditioned, direction, length, trust)
 
 
 RULES: dict[str, type[Rule]] = {"gd": GradientDescent, "adam": Adam, "gauss-newton": GaussNewton}
