@@ -50,7 +50,7 @@ class Noise(ABC):
         return self
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class WhiteNoise(Noise):
     """Noise that is independent from entry to entry, of a known standard deviation.
 

@@ -78,17 +78,17 @@ Step = tuple[int, int, int]
 
 
 class Recorder:
-    """Collect what happens, chunk by chunk, without waiting for the device at each step."""
+    """Collect what happens, chunk by chunk, without waiting for the device at each step.
+
+    Attributes:
+        seconds: When each step of each problem was issued.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[int, int], float] = {}
+        self.seconds: dict[tuple[int, int], float] = {}
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._scales: dict[tuple[int, int], int] = {}
         self._rounding: list[Tensor] = []
-
-    def issue(self, iterate: Iterate) -> None:
-        """Note when a step was issued."""
-        self._seconds[iterate.problem, iterate.step] = iterate.seconds
 
     def add(self, steps: Sequence[Step], sums: Tensor, rounding: Tensor | None, now: float) -> None:
         """Take a chunk in.
@@ -103,7 +103,7 @@ class Recorder:
             key = problem, step
             self._sums[key] = self._sums[key] + row if key in self._sums else row
             self._scales[key] = scale
-            self._seconds.setdefault(key, now)
+            self.seconds.setdefault(key, now)
         if rounding is not None:
             self._rounding.append(rounding)
 
@@ -124,5 +124,5 @@ class Recorder:
             history.nll.append(nll / samples)
             history.objective.append((data + nll) / samples)
             history.moving.append(moving / samples)
-            history.seconds.append(self._seconds[key])
+            history.seconds.append(self.seconds[key])
         return history

@@ -45,7 +45,7 @@ from separable_hvae.refine.execution.cuda_graphs import CudaGraphs
 from separable_hvae.refine.history import Iterate, Recorder, Step
 from separable_hvae.refine.objective import Objective, ObjectiveValue
 from separable_hvae.refine.problem import Problem, rows
-from separable_hvae.refine.schedules import SCHEDULES, Schedule, checked_latents, refined
+from separable_hvae.refine.schedules import SCHEDULES, Schedule, checked_latents
 from separable_hvae.refine.state import InferenceState, Init
 from separable_hvae.refine.stopping import Stopping
 
@@ -193,12 +193,13 @@ class Refiner(ABC):
                     bound = some.bind(model, seen)
                 start = init if isinstance(init, str) else [z[here] for z in init]
                 inputs = seen.x, seen.activations, seen.targets, bound.data, start
-                infer = partial(self._infer, partial(started, bound), decoded, clock, recorder, callback, first)
-                if looks or not bound.pure:
-                    found = infer(inputs)
-                else:
+                infer: Callable[[Any], _Found] = partial(
+                    self._infer, partial(started, bound), decoded, clock, recorder, callback, first
+                )
+                if not looks and bound.pure:
                     settings = partial(self._settings, dtype, bound.misfit, init if isinstance(init, str) else "given")
-                    found = self.execution.inference(settings, model, infer, inputs)
+                    infer = self.execution.inference(infer, model, settings)
+                found = infer(inputs)
                 recorder.add(found.steps, found.sums, found.rounding, clock.seconds())
                 require_finite_start(found.start_objective, found.start_nll, first)
                 result, before = Result(**found.decoded), found.start_objective
@@ -231,7 +232,7 @@ class Refiner(ABC):
         loop, latents = _Loop(self, state, clock, recorder, callback, first), state.latents
         if any(state.steps.values()):
             clock.reserve()
-            latents = refined(self.schedule, state, loop)
+            latents = checked_latents(self.schedule, self.schedule(state, loop), state.latents)
         with torch.no_grad():
             passes = state.passes(latents)
             after = before if all(map(operator.is_, passes, state.start)) else full.of_passes(passes)
@@ -272,10 +273,11 @@ class Refiner(ABC):
                 yield
 
     def _lowered(self, model: HVAE) -> AbstractContextManager[Any]:
-        device = model.device
-        if self.precision == "bfloat16":
-            return torch.autocast(device.type, dtype=torch.bfloat16)
-        return float32(device, "conv", tf32=True) if self.precision == "tf32" else nullcontext()
+        if self.precision is None:
+            return nullcontext()
+        if self.precision == "tf32":
+            return float32(model.device, "conv", tf32=True)
+        return torch.autocast(model.device.type, dtype=torch.bfloat16)
 
     def _rounding(self, state: InferenceState, objective: Tensor) -> Tensor | None:
         """What the reduced precision does to the objective at the start, relative to it: ``(B,)``."""
@@ -358,7 +360,7 @@ class _Loop:
             )
             self.steps.append((self.problems, n, max(problem.scales)))
             self.sums.append(iterate.sums())
-            self.recorder.issue(iterate)
+            self.recorder.seconds[iterate.problem, n] = iterate.seconds
             if self.callback is not None:
                 self.callback(iterate)
             if after_step is not None:
@@ -372,7 +374,10 @@ def _checked_step(refiner: Refiner, moved: Any, before: Sequence[Tensor]) -> tup
     """What a refiner's step returned: it may be a user's."""
     if not (isinstance(moved, tuple) and len(moved) == 2 and isinstance(moved[0], list)):
         raise TypeError(f"{type(refiner).__name__}.step must return (latents, state), got {type(moved).__name__}")
-    return checked_latents(f"{type(refiner).__name__}.step", moved[0], before), moved[1]
+    shapes, wanted = ([tuple(z.shape) for z in latents] for latents in (moved[0], before))
+    if shapes != wanted:
+        raise ValueError(f"{type(refiner).__name__}.step must return latents of shapes {wanted}, got {shapes}")
+    return moved[0], moved[1]
 
 
 @contextmanager

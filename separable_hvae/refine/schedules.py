@@ -104,29 +104,20 @@ class Scale(Schedule):
 
     @override
     def __call__(self, state: InferenceState, solve: Solve) -> list[Tensor]:
-        latents = self._sweep(
-            state.part(self._share(state, 0)), within(solve, 0, 1 / self.sweeps), [None] * len(state.start)
-        )
-        for sweep in range(1, self.sweeps):
-            part = state.part(self._share(state, sweep), latents)
-            time = within(solve, sweep / self.sweeps, (sweep + 1) / self.sweeps)
-            latents = self._sweep(part, time, [step.band for step in part.start])
-        return latents
-
-    @staticmethod
-    def _sweep(state: InferenceState, solve: Solve, finer: Sequence[Tensor | None]) -> list[Tensor]:
-        latents: list[Tensor] = []
-        bands: list[Tensor] = []
-        context = state.context
-        for i, subset in enumerate(state.model.subsets):
-            start = state.restart(i, context, state.evidence(i, bands))
-            objective = state.subset_objective(i, context, state.targets(i, [*bands, *finer[i:]]))
-            problem = state.problem(start, [objective], state.steps[subset.scale])
-            found = solve(problem, until=(len(latents) + len(start)) / state.model.depth)
-            step = state.subset(i, context, found)
-            latents += found
-            bands.append(step.band)
-            context = step.context
+        part, bands, latents = state, list[Tensor | None]([None] * len(state.start)), state.latents
+        for sweep in range(self.sweeps):
+            if self.sweeps > 1:
+                part = state.part(self._share(state, sweep), latents if sweep else None)
+                bands = [step.band for step in part.start] if sweep else bands
+            latents, context = [], part.context
+            for i, subset in enumerate(state.model.subsets):
+                start = part.restart(i, context, part.evidence(i, bands[:i]))
+                objective = part.subset_objective(i, context, part.targets(i, bands))
+                problem = part.problem(start, [objective], part.steps[subset.scale])
+                share = (len(latents) + len(start)) / state.model.depth
+                found = solve(problem, until=(sweep + share) / self.sweeps)
+                step = part.subset(i, context, found)
+                latents, bands[i], context = latents + found, step.band, step.context
         return latents
 
     def _share(self, state: InferenceState, sweep: int) -> dict[int, int]:
@@ -194,32 +185,23 @@ class Chain(Schedule):
             steps = {scale: round(n * end) - round(n * begin) for scale, n in state.steps.items()}
             if any(steps.values()):
                 part = state.part(steps, latents if begin else None)
-                latents = refined(schedule, part, within(solve, begin, end))
+                found = schedule(part, within(solve, begin, end))
+                latents = checked_latents(schedule, found, state.latents)
         return latents
 
 
-def refined(schedule: Schedule, state: InferenceState, solve: Solve) -> list[Tensor]:
-    """What a schedule returns, which may be a user's.
-
-    Raises:
-        TypeError: If it is no list.
-        ValueError: If it is not one tensor of the right shape for each layer.
-    """
-    return checked_latents(type(schedule).__name__, schedule(state, solve), state.latents)
-
-
-def checked_latents(name: str, latents: object, before: Sequence[Tensor]) -> list[Tensor]:
-    """Latents that ``name`` has returned, once they are known to have the shapes of those before.
+def checked_latents(schedule: Schedule, latents: object, before: Sequence[Tensor]) -> list[Tensor]:
+    """The latents that a schedule returned, which may be a user's, once they are known to have the right shapes.
 
     Raises:
         TypeError: If they are no list.
         ValueError: If their shapes are others.
     """
     if not isinstance(latents, list):
-        raise TypeError(f"{name} must return a list of latents, got {type(latents).__name__}")
+        raise TypeError(f"{type(schedule).__name__} must return a list of latents, got {type(latents).__name__}")
     shapes, wanted = ([tuple(z.shape) for z in zs] for zs in (latents, before))
     if shapes != wanted:
-        raise ValueError(f"{name} must return latents of shapes {wanted}, got {shapes}")
+        raise ValueError(f"{type(schedule).__name__} must return latents of shapes {wanted}, got {shapes}")
     return latents
 
 

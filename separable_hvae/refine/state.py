@@ -153,12 +153,12 @@ class InferenceState:
             self._latest[index] = step
         return step
 
-    def evidence(self, index: int, coarser: Sequence[Tensor]) -> Evidence | None:
+    def evidence(self, index: int, coarser: Sequence[Tensor | None]) -> Evidence | None:
         """What the posteriors of a subset see, given the coarser bands; ``None`` unless inference began from them."""
         if self.init != "posterior":
             return None
         with torch.no_grad():
-            return self.model.evidence(index, self.seen, coarser)
+            return self.model.evidence(index, self.seen, [band for band in coarser if band is not None])
 
     def restart(
         self,

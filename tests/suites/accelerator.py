@@ -24,6 +24,7 @@ from separable_hvae import HVAE, KnownBands, MAPRefiner, Measurement
 from separable_hvae.data_terms.base import DataTerm
 from separable_hvae.decompositions import wavelet
 from separable_hvae.refine import Eager
+from separable_hvae.refine.execution.base import Infer, T
 from separable_hvae.refine.execution.fingerprint import fingerprint
 from tests.helpers.models import tiny
 from tests.helpers.zoo import SMALL
@@ -78,14 +79,18 @@ class Recorded(Eager):
         self.values_, self.count = values, 0
 
     @override
-    def inference(self, settings: Callable[[], object], model: HVAE, infer: Callable[[Any], Any], inputs: Any) -> Any:
+    def inference(self, infer: Infer[T], model: HVAE, settings: Callable[[], object]) -> Infer[T]:
         hash(fingerprint(settings()))
-        infer(inputs)
-        self.values_.recording, self.count = True, self.count + 1
-        try:
-            return infer(inputs)
-        finally:
-            self.values_.recording = False
+
+        def strictly(inputs: Any) -> T:
+            infer(inputs)
+            self.values_.recording, self.count = True, self.count + 1
+            try:
+                return infer(inputs)
+            finally:
+                self.values_.recording = False
+
+        return strictly
 
 
 def moved(model: HVAE) -> HVAE:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import cache
+from itertools import starmap
 from threading import Barrier
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ _SHARED = {"model", "misfit", "guidance", "inputs"}
 Point = tuple[Objective, list[Tensor]]
 """An objective, and the latents that it is evaluated at."""
 Gradient = tuple[ObjectiveValue, list[Tensor]]
+Infer = Callable[[Any], T]
 Function = Callable[[Sequence[Tensor]], Any]
 """Maps tensors to any structure of tensors."""
 
@@ -46,16 +48,15 @@ class Execution(ABC):
         with torch.no_grad():
             return [objective(latents) for objective, latents in points]
 
-    def inference(self, settings: Callable[[], object], model: HVAE, infer: Callable[[Any], Any], inputs: Any) -> Any:
-        """The result of a whole inference.
+    def inference(self, infer: Infer[T], model: HVAE, settings: Callable[[], object]) -> Infer[T]:
+        """A whole inference, or what gives the same.
 
         Args:
-            settings: Gives all that the result depends on beside the model and the inputs.
-            model: The model.
-            infer: A pure function of the inputs' tensors.
-            inputs: Tensors, in any structure.
+            infer: A pure function of the tensors in its argument, whatever their structure.
+            model: The model that it reads.
+            settings: Gives all else that it depends on.
         """
-        return infer(inputs)
+        return infer
 
 
 class Threaded(Execution):
@@ -93,7 +94,9 @@ class Eager(Threaded):
 
     @override
     def gradients(self, points: Sequence[Point]) -> list[Gradient]:
-        return self._map(lambda point: value_and_gradient(*point), points, self._workers(points))
+        if (workers := self._workers(points)) < 2:
+            return list(starmap(value_and_gradient, points))
+        return self._map(lambda point: value_and_gradient(*point), points, workers)
 
 
 @cache

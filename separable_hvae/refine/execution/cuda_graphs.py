@@ -23,7 +23,9 @@ from separable_hvae.refine.execution.base import (
     Execution,
     Function,
     Gradient,
+    Infer,
     Point,
+    T,
     numerics_key,
     objective_keys,
     signature,
@@ -83,12 +85,16 @@ class CudaGraphs(Execution):
         return cast(list[ObjectiveValue], self._step("values", points))
 
     @override
-    def inference(self, settings: Callable[[], object], model: HVAE, infer: Callable[[Any], Any], inputs: Any) -> Any:
+    def inference(self, infer: Infer[T], model: HVAE, settings: Callable[[], object]) -> Infer[T]:
         if not self.whole:
-            return infer(inputs)
-        tensors, filled = split(inputs)
+            return infer
         key = "inference", fingerprint(settings(), same=(model, model.decomp))
-        return self._replay(key, model, lambda tensors: infer(filled(tensors)), tensors)
+
+        def replayed(inputs: Any) -> Any:
+            tensors, filled = split(inputs)
+            return self._replay(key, model, lambda tensors: infer(filled(tensors)), tensors)
+
+        return replayed
 
     def _step(self, method: Method, points: Sequence[Point]) -> Any:
         if self._here.recording:
