@@ -3,8 +3,8 @@ r"""Data terms: what is known of a batch of signals, and how far bands are from 
 A data term d is summed over a sample's entries and never over the batch, so a sample's result does not
 depend on its neighbours. Known signals are compared by the model's own likelihood, see
 :mod:`separable_hvae.data_terms.signal`; if it is Gaussian, orthonormal bands split it exactly, band by band.
-Other decompositions have one data term on the signal, and each subset aims at the target that its coarser
-bands leave it: what its band adds to the signal is compared with what that target would.
+Other decompositions have one data term on the signal, and each subset's target is what its coarser bands leave
+it: what its band adds to the signal is compared with what that target would.
 """
 
 from abc import ABC, abstractmethod
@@ -19,20 +19,16 @@ from separable_hvae.nn.decoder import Observation
 
 
 class Misfit(ABC):
-    """How far bands are from what is known, as a pure function of tensors.
-
-    Instances with equal settings are equal and have equal hashes, so that what was compiled for one
-    serves the other.
-    """
+    """How far bands are from what is known, as a pure function of tensors and of the settings that it holds."""
 
     @abstractmethod
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
         """The part of subset ``index``, in nats: ``(B,)``.
 
         Args:
             index: Number of the subset.
             band: Its band ``(B, *band_shape)``.
-            aim: What it aims at, see :class:`BoundTerm`.
+            targets: What it is compared with, see :class:`BoundTerm`.
         """
 
     @abstractmethod
@@ -47,24 +43,24 @@ class BoundTerm:
     Attributes:
         misfit: The pure function.
         data: The tensors that :meth:`Misfit.total` compares with.
-        aims: A function of a subset's number, the bands of all subsets and the data, see :meth:`aim`.
-        pure: Whether ``aims`` reads no tensors but those given, and the model's, and looks at no values: whole
+        targets: A function of a subset's number, the bands of all subsets and the data, see :meth:`target`.
+        pure: Whether ``targets`` reads no tensors but those given, and the model's, and looks at no values: whole
             inferences that were recorded with one batch then serve others.
     """
 
     misfit: Misfit
     data: list[Tensor]
-    aims: Callable[[int, Sequence[Tensor | None], Sequence[Tensor]], list[Tensor]]
+    targets: Callable[[int, Sequence[Tensor | None], Sequence[Tensor]], list[Tensor]]
     pure: bool = False
 
-    def aim(self, index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
+    def target(self, index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
         """The tensors that :meth:`Misfit.local` compares a subset's band with.
 
         Args:
             index: Number of the subset.
             bands: The bands of all subsets, ``None`` where one is not known yet.
         """
-        return self.aims(index, bands, self.data)
+        return self.targets(index, bands, self.data)
 
 
 class DataTerm(ABC):

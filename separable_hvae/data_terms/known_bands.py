@@ -96,11 +96,11 @@ class KnownBands(DataTerm):
         known = tuple(i for i, band in enumerate(self.bands) if band is not None)
         misfit = KnownMisfit(model.decomp, known)
 
-        def aims(index: int, _: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
-            return misfit.aim(known.index(index), data) if index in known else []
+        def targets(index: int, _: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
+            return misfit.target(known.index(index), data) if index in known else []
 
         values = [t for i in known for t in (bands[i], masks[i].to(bands[i]))]
-        return BoundTerm(misfit, [*values, variance], aims, pure=True)
+        return BoundTerm(misfit, [*values, variance], targets, pure=True)
 
     def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The signals given the latents that decode to ``x`` and what is known: their mean, or a draw.
@@ -169,19 +169,19 @@ class KnownMisfit(Misfit):
     known: tuple[int, ...]
 
     @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        if not aim:
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        if not targets:
             return band.new_zeros(len(band))
-        target, mask, variance = aim
+        target, mask, variance = targets
         return gaussian_energy(mask * (band - target), variance)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         scales = self.decomp.band_scales
-        return [(scales[i], self.local(i, bands[i], self.aim(n, data))) for n, i in enumerate(self.known)]
+        return [(scales[i], self.local(i, bands[i], self.target(n, data))) for n, i in enumerate(self.known)]
 
     @staticmethod
-    def aim(number: int, data: Sequence[Tensor]) -> list[Tensor]:
+    def target(number: int, data: Sequence[Tensor]) -> list[Tensor]:
         """Values, mask and variance of a known band, by its number among these."""
         return [*data[2 * number : 2 * number + 2], data[-1]]
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae._fingerprint import Fingerprint, fingerprint
 from separable_hvae._float32 import full_precision
 from separable_hvae._validation import (
     came,
@@ -164,7 +163,7 @@ class Measurement(DataTerm):
             found: dict[tuple[int, ...], Tensor] = {}
             drawn = cache(partial(draws, model, _DRAWS))
 
-        def aims(index: int, bands: Sequence[Tensor | None], _: Sequence[Tensor]) -> list[Tensor]:
+        def targets(index: int, bands: Sequence[Tensor | None], _: Sequence[Tensor]) -> list[Tensor]:
             unknown = tuple(i for i, band in enumerate(bands) if band is None and i > index)
             full = [mean if band is None else band.detach() for mean, band in zip(means, bands, strict=True)]
             full[index] = torch.zeros_like(full[index])
@@ -174,8 +173,8 @@ class Measurement(DataTerm):
                     found[unknown] = self._unexplained_variance(model, unsaid, seen.x, y, given)
                 return [model.decomp.synthesis(full), y, own + found[unknown] if unknown else own, *given]
 
-        misfit = MeasurementMisfit(model.decomp, self.operator, self.noise, fingerprint(self.operator.forward))
-        return BoundTerm(misfit, [y, own, *given], aims, pure=False)
+        misfit = MeasurementMisfit(model.decomp, self.operator, self.noise)
+        return BoundTerm(misfit, [y, own, *given], targets, pure=False)
 
     def correct(self, model: HVAE, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The signals given the latents that decode to ``x`` and the measurements: their mean, or a draw.
@@ -260,17 +259,15 @@ class MeasurementMisfit(Misfit):
         decomp: The decomposition.
         operator: What measures a signal.
         noise: How measurements scatter.
-        kept: What the operator keeps: code that was compiled with other masks than a physics has now is of no use.
     """
 
     decomp: Decomposition
     operator: Operator
     noise: Noise
-    kept: Fingerprint = ()
 
     @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        others, y, unexplained, *given = aim
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        others, y, unexplained, *given = targets
         return self._compare(piece(self.decomp, index, band) + others, y, unexplained, given)
 
     @override

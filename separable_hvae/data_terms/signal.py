@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae._fingerprint import Fingerprint, fingerprint
 from separable_hvae._float32 import full_precision
 from separable_hvae._validation import check_instance
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit, piece
@@ -84,7 +83,7 @@ class Signal(DataTerm):
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
         variance, likelihood = model.likelihood.variance.detach(), model.likelihood
-        distance = Distance(self.loss, likelihood if self.loss == "likelihood" else None, fingerprint(self.loss))
+        distance = Distance(self.loss, likelihood if self.loss == "likelihood" else None)
         targets = None if seen.targets is None else [target.detach() for target in seen.targets]
         if self.loss == "likelihood" and not likelihood.splits:
             return _bind_whole(model, distance, seen.x, targets, variance)
@@ -96,10 +95,10 @@ class Signal(DataTerm):
                 pure=True,
             )
 
-        def aims(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
+        def targets_of(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
             return [_residual(model, index, bands, data[0]), data[-1]]
 
-        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x, variance], aims, pure=True)
+        return BoundTerm(SignalMisfit(model.decomp, distance), [seen.x, variance], targets_of, pure=True)
 
 
 def _residual(model: HVAE, index: int, bands: Sequence[Tensor | None], x: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ def _bind_whole(
     """The data term of a likelihood that does not split over bands."""
     last = len(model.subsets) - 1
 
-    def aims(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
+    def targets_of(index: int, bands: Sequence[Tensor | None], data: Sequence[Tensor]) -> list[Tensor]:
         x, *targets, variance = data
         if index == last:
             coarser = [None if band is None else band.detach() for band in bands[:index]]
@@ -125,7 +124,7 @@ def _bind_whole(
         return [targets[index] if targets else _residual(model, index, bands, x), variance]
 
     misfit = LikelihoodMisfit(model.decomp, distance, model.likelihood, last, in_bands=targets is not None)
-    return BoundTerm(misfit, [x, *(targets or []), variance], aims, pure=True)
+    return BoundTerm(misfit, [x, *(targets or []), variance], targets_of, pure=True)
 
 
 @dataclass(frozen=True)
@@ -135,12 +134,10 @@ class Distance:
     Args:
         loss: ``"likelihood"``, ``"l2"``, ``"l1"``, or a callable ``(h_hat, h) -> (B,)``.
         likelihood: The likelihood of that name.
-        kept: What a callable keeps: code that was compiled with other tensors is of no use.
     """
 
     loss: Loss
     likelihood: Likelihood | None = None
-    kept: Fingerprint = ()
 
     def __call__(self, h_hat: Tensor, h: Tensor, variance: Tensor) -> Tensor:
         """Measure, and check that a user's loss gives one number for each sample.
@@ -170,15 +167,15 @@ class Distance:
 class BandMisfit(Misfit):
     """Orthonormal bands against known ones, each on its own.
 
-    The likelihood's variance comes last, in what a subset aims at and in the data.
+    The likelihood's variance comes last, in a subset's targets and in the data.
     """
 
     decomp: Decomposition
     distance: Distance
 
     @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        return self.distance(band, *aim)
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        return self.distance(band, *targets)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
@@ -195,8 +192,8 @@ class SignalMisfit(Misfit):
     distance: Distance
 
     @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        return self.distance(pack(piece(self.decomp, index, band)), *aim)
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        return self.distance(pack(piece(self.decomp, index, band)), *targets)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
@@ -225,11 +222,11 @@ class LikelihoodMisfit(Misfit):
     in_bands: bool
 
     @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
         if index == self.last:
-            coarser, x = aim
+            coarser, x = targets
             return self.likelihood.energy(Prediction([], coarser + piece(self.decomp, index, band)), x)
-        return self.distance(band if self.in_bands else pack(piece(self.decomp, index, band)), *aim)
+        return self.distance(band if self.in_bands else pack(piece(self.decomp, index, band)), *targets)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:

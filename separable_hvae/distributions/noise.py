@@ -11,14 +11,13 @@ Complex numbers count as two real ones, each with variance v.
 import math
 from abc import ABC, abstractmethod
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae._fingerprint import fingerprint
 from separable_hvae._validation import check_number
 from separable_hvae.distributions.energies import gaussian_energy, laplace_energy
 from separable_hvae.functional import check_finite
@@ -27,7 +26,7 @@ _FEWEST_COUNTS = 0.1
 
 
 class Noise(ABC):
-    """How measurements scatter around what an operator predicts; equal settings make equal instances."""
+    """How measurements scatter around what an operator predicts."""
 
     @abstractmethod
     def misfit(self, predicted: Tensor, y: Tensor, unexplained: Tensor) -> Tensor:
@@ -66,8 +65,7 @@ class WhiteNoise(Noise):
         ValueError: If it is negative or not finite.
     """
 
-    sigma: float | Tensor = field(compare=False)
-    _identity: object = field(init=False, repr=False)
+    sigma: float | Tensor
 
     def __post_init__(self) -> None:
         sigma = self.sigma
@@ -81,11 +79,7 @@ class WhiteNoise(Noise):
         else:
             number = sigma.item() if isinstance(sigma, Tensor) else sigma
             sigma = check_number("sigma", number, "at least 0 and finite")
-        self._keep(sigma)
-
-    def _keep(self, sigma: float | Tensor) -> None:
         object.__setattr__(self, "sigma", sigma)
-        object.__setattr__(self, "_identity", fingerprint(sigma))
 
     @override
     def variance(self, y: Tensor) -> Tensor:
@@ -110,7 +104,7 @@ class WhiteNoise(Noise):
         if not isinstance(self.sigma, Tensor) or len(self.sigma) == 1:
             return self
         part = copy(self)
-        part._keep(self.sigma[rows])
+        object.__setattr__(part, "sigma", self.sigma[rows])
         return part
 
 

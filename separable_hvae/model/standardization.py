@@ -94,14 +94,17 @@ class Standardization(nn.Module):
     @property
     def is_settled(self) -> bool:
         """Whether the moments no longer change."""
-        # Known once it has been read, until a state is loaded: code that is traced cannot read a tensor.
-        self._settled = self._settled or int(self.calibrated) >= _WARM_UP_BATCHES
+        # Read as seldom as can be: code that is traced cannot, and an accelerator would be waited for.
+        self._settled = self._settled or self._reads_as_settled()
         return self._settled
+
+    def _reads_as_settled(self) -> bool:
+        return not self.calibrated.is_meta and int(self.calibrated) >= _WARM_UP_BATCHES
 
     @override
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._settled = False
         super()._load_from_state_dict(*args, **kwargs)
+        self._settled = self._reads_as_settled()
 
     def scaled(self, x: Tensor) -> Tensor:
         """Packed signals ``(B, C, *size)`` as the encoder sees them."""

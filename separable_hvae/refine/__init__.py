@@ -5,11 +5,12 @@ from separable_hvae.refine.execution.compiled import Compiled
 from separable_hvae.refine.execution.cuda_graphs import CudaGraphs
 from separable_hvae.refine.history import History, Iterate
 from separable_hvae.refine.map_refiner import MAPRefiner
-from separable_hvae.refine.pieces import OneSubset, Outcome, Piece, Whole
+from separable_hvae.refine.objective import FullObjective, Objective, ObjectiveValue, SubsetObjective
 from separable_hvae.refine.problem import Problem
 from separable_hvae.refine.refiner import Refiner
 from separable_hvae.refine.rules import Adam, GaussNewton, GradientDescent, Rule
-from separable_hvae.refine.schedules import Chain, Joint, Latent, Parallel, Scale, Schedule
+from separable_hvae.refine.schedules import Chain, Joint, Latent, Parallel, Scale, Schedule, Solve
+from separable_hvae.refine.state import InferenceState
 
 __all__ = [
     "Adam",
@@ -18,21 +19,23 @@ __all__ = [
     "CudaGraphs",
     "Eager",
     "Execution",
+    "FullObjective",
     "GaussNewton",
     "GradientDescent",
     "History",
+    "InferenceState",
     "Iterate",
     "Joint",
     "Latent",
     "MAPRefiner",
-    "OneSubset",
-    "Outcome",
+    "Objective",
+    "ObjectiveValue",
     "Parallel",
-    "Piece",
     "Problem",
     "Refiner",
     "Rule",
     "Scale",
     "Schedule",
-    "Whole",
+    "Solve",
+    "SubsetObjective",
 ]

@@ -4,8 +4,6 @@ import time
 
 import torch
 
-from separable_hvae.refine.problem import Problem
-
 
 class Clock:
     """Share a budget of seconds among chunks and problems.
@@ -36,10 +34,10 @@ class Clock:
         self._end -= now - self._start
         self._start = now
 
-    def enter(self, problem: Problem) -> None:
-        """Begin with a problem."""
+    def enter(self, until: float) -> None:
+        """Begin with a problem, which ends when this share of the problems' time has passed."""
         self._latest = self._now()
-        self._limit = self._start + (self._end - self._start) * problem.until
+        self._limit = self._start + (self._end - self._start) * until
         self._longest = 0.0
 
     def is_over(self) -> bool:

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from separable_hvae.functional import finest
-from separable_hvae.refine.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,9 @@ class Iterate:
         """``nll + data``: ``(B,)``."""
         return self.nll + self.data
 
-    @classmethod
-    def of(cls, problem: Problem, number: int, step: int, moving: Tensor, seconds: float, first: int) -> "Iterate":
-        """The iterate at which a problem's gradient was taken last.
-
-        Raises:
-            RuntimeError: If it never was.
-        """
-        terms = problem.terms
-        if terms is None:
-            raise RuntimeError("a refiner's step must call problem.gradient at least once")
-        return cls(number, step, problem.scales, problem.latents, terms.nll, terms.data, moving, seconds, first)
+    def sums(self) -> Tensor:
+        """Sums over the samples, for the history: data term, ``−log p(z)``, samples that move and samples, ``(4,)``."""
+        return finest(torch.stack([self.data, self.nll, self.moving, torch.ones_like(self.nll)])).sum(1)
 
 
 @dataclass
@@ -83,27 +73,8 @@ class History:
     rounding: float | None = None
 
 
-class Row(NamedTuple):
-    """A step's sums over a chunk, for the history.
-
-    Attributes:
-        problem: Number of the problem.
-        step: Number of the step within it.
-        scale: The finest scale that moved.
-        sums: Data term, ``−log p(z)``, samples that moved and samples: ``(4,)``.
-    """
-
-    problem: int
-    step: int
-    scale: int
-    sums: Tensor
-
-    @classmethod
-    def of(cls, iterate: Iterate) -> "Row":
-        """The sums of an iterate."""
-        columns = [iterate.data, iterate.nll, iterate.moving, torch.ones_like(iterate.nll)]
-        sums = torch.stack([finest(column) for column in columns]).sum(1)
-        return cls(iterate.problem, iterate.step, max(iterate.scales), sums)
+Step = tuple[int, int, int]
+"""Number of a step's problem, its own number within it, and the finest scale that moved."""
 
 
 class Recorder:
@@ -115,21 +86,23 @@ class Recorder:
 
     def __init__(self) -> None:
         self.seconds: dict[tuple[int, int], float] = {}
-        self._rows: dict[tuple[int, int], Row] = {}
+        self._sums: dict[tuple[int, int], Tensor] = {}
+        self._scales: dict[tuple[int, int], int] = {}
         self._rounding: list[Tensor] = []
 
-    def add(self, rows: Sequence[Row], rounding: Tensor | None, now: float) -> None:
+    def add(self, steps: Sequence[Step], sums: Tensor, rounding: Tensor | None, now: float) -> None:
         """Take a chunk in.
 
         Args:
-            rows: Its steps.
+            steps: Its steps.
+            sums: What :meth:`Iterate.sums` says of each, ``(steps, 4)``.
             rounding: Relative error of a reduced precision, ``(B,)``.
             now: Time of steps that were replayed, and not issued one by one.
         """
-        for row in rows:
-            key = row.problem, row.step
-            known = self._rows.get(key)
-            self._rows[key] = row if known is None else row._replace(sums=known.sums + row.sums)
+        for (problem, step, scale), row in zip(steps, sums, strict=True):
+            key = problem, step
+            self._sums[key] = self._sums[key] + row if key in self._sums else row
+            self._scales[key] = scale
             self.seconds.setdefault(key, now)
         if rounding is not None:
             self._rounding.append(rounding)
@@ -139,14 +112,14 @@ class Recorder:
         history = History()
         if self._rounding:
             history.rounding = float(torch.cat(self._rounding).mean())
-        if not self._rows:
+        if not self._sums:
             return history
-        keys = sorted(self._rows)
-        for key, sums in zip(keys, torch.stack([self._rows[key].sums for key in keys]).tolist(), strict=True):
+        keys = sorted(self._sums)
+        for key, sums in zip(keys, torch.stack([self._sums[key] for key in keys]).tolist(), strict=True):
             data, nll, moving, samples = sums
             history.problem.append(key[0])
             history.step.append(key[1])
-            history.scale.append(self._rows[key].scale)
+            history.scale.append(self._scales[key])
             history.data.append(data / samples)
             history.nll.append(nll / samples)
             history.objective.append((data + nll) / samples)

@@ -7,10 +7,11 @@ posterior would; what they measure is how far apart the maxima are that the data
 last step, the likelihood's own σ where nothing was measured. A refiner that samples is as good as its steps.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from separable_hvae._validation import check_generator, check_instance, check_integer
 from separable_hvae.data_terms.base import DataTerm
@@ -32,6 +33,7 @@ def posterior_draws(
     refiner: Refiner,
     n: int,
     generator: torch.Generator | None = None,
+    condition: Any = None,
 ) -> Tensor:
     """Draw signals given what is known: ``(n, B, C, *size)``.
 
@@ -44,26 +46,29 @@ def posterior_draws(
             sure of whatever its first look fills in.
         n: Draws of each signal, all in one batch.
         generator: Random numbers.
+        condition: What the model's condition takes, one for each signal.
 
     Raises:
         TypeError: If ``known`` is no data term or has no method ``correct``, or another argument has the wrong type.
         ValueError: If the refiner goes from a mean to a maximum, so that all draws would be the same, or starts from
-            given latents, or n is below 2.
+            given latents, or n is below 1.
     """
     check_instance("model", model, HVAE)
     check_instance("known", known, DataTerm)
     check_instance("refiner", refiner, Refiner)
-    n = check_integer("n", n, 2)
+    n = check_integer("n", n, 1)
     check_generator(generator)
     if not isinstance(refiner.init, str) or (refiner.never_worse and not refiner.sample):
         raise ValueError("refiner must start from draws: pass one with sample=True, from the posterior or the prior")
-    many = known.rows(torch.arange(len(known), device="cpu").repeat(n))
+    numbers = torch.arange(len(known), device="cpu").repeat(n)
+    many = known.rows(numbers)
     if not isinstance(many, Correcting):
         raise TypeError(
             f"known must have a method correct(model, x, generator), as KnownBands and Measurement do, "
             f"got {type(many).__name__}"
         )
-    decoded = refiner(model, many, generator).reconstruction
+    repeated = pytree.tree_map_only(Tensor, lambda t: t[numbers.to(t.device)], condition)
+    decoded = refiner(model, many, generator, condition=repeated).reconstruction
     if generator is None:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))
     drawn = many.correct(model, decoded, generator)

@@ -16,77 +16,68 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from separable_hvae.refine.execution.base import Eager, Execution
-from separable_hvae.refine.objective import Terms
-from separable_hvae.refine.pieces import Call, Outcome, Piece
-
-Settle = Callable[["Problem", list[Tensor], int], list[Tensor]]
+from separable_hvae.functional import per_sample
+from separable_hvae.refine.execution.base import Eager, Execution, Point
+from separable_hvae.refine.objective import FullObjective, Objective, ObjectiveValue
 
 
 class Problem:
-    """Minimise an objective over some latents, each sample on its own.
+    """Minimise a sum of objectives over some latents, each sample on its own.
+
+    Schedules make problems by :meth:`InferenceState.problem`.
 
     Args:
         latents: Where they start, tensors ``(B, latent_channels, *grid)``.
-        scales: The scale of each.
+        objectives: What is minimised is their sum; each takes the latents of its own layers, in order.
         steps: Number of steps to take.
-        pieces: The objective is the sum of these, each with the number of latents that it takes, in order,
-            and the tensors that stand still.
-        joint: Whether the objective spans the whole hierarchy.
-        until: Share of the time for all problems that may have passed when this one ends.
-        spread: Standard deviation of each latent's posterior; of its prior where there is none.
-        settle: Maps the problem, its latents and the number of steps done to where they go on from.
+        execution: How objectives are evaluated.
+        generator: Random numbers for steps that draw, the ones that the refiner was called with.
+        std: Gives the standard deviation of the posterior of each of the model's layers; of its prior where there
+            is none.
 
     Attributes:
-        execution: How pieces run; a refiner sets its own.
-        generator: Random numbers for steps that draw, the ones that the refiner was called with.
+        values: Each objective where the gradient was taken last; empty before.
     """
-
-    execution: Execution = Eager()
-    generator: torch.Generator | None = None
 
     def __init__(
         self,
         latents: Sequence[Tensor],
-        scales: Sequence[int],
+        objectives: Sequence[Objective],
         steps: int,
-        pieces: Sequence[tuple[Piece, int, list[Tensor]]],
         *,
-        joint: bool = False,
-        until: float = 1.0,
-        spread: Sequence[Tensor] = (),
-        settle: Settle | None = None,
+        execution: Execution | None = None,
+        generator: torch.Generator | None = None,
+        std: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
         self.latents = [z.detach() for z in latents]
-        self.scales = list(scales)
-        self.steps = steps
-        self.pieces = list(pieces)
-        self.joint = joint
-        self.until = until
-        self.spread = [s.detach() for s in spread]
-        self._settle = settle
-        self.outcomes: list[Outcome] = []
-        self._looked: list[Call] = []
+        self.objectives, self.steps = list(objectives), steps
+        self.execution, self.generator, self._std = execution or Eager(), generator, std
+        self._layers = [objective.layers for objective in objectives]
+        layer_scales = objectives[0].model.layer_scales
+        self.scales = [layer_scales[layer] for layers in self._layers for layer in layers]
+        self.joint = any(isinstance(objective, FullObjective) for objective in objectives)
+        self.values: list[ObjectiveValue] = []
+        self._points: list[Point] = []
 
     @property
     def all_scales(self) -> tuple[int, ...]:
         """Every scale of the model, coarse to fine."""
-        return self.pieces[0][0].objective.model.scales
+        return self.objectives[0].model.scales
 
     @property
-    def terms(self) -> Terms | None:
-        """The terms of the objective where the gradient was taken last; ``None`` before."""
-        if not self.outcomes:
-            return None
-        nll, data = ([getattr(outcome, name) for outcome in self.outcomes] for name in ("nll", "data"))
-        return Terms(torch.stack(nll).sum(0), torch.stack(data).sum(0))
+    def value(self) -> ObjectiveValue | None:
+        """The two terms of the sum where the gradient was taken last; ``None`` before."""
+        if len(self.values) < 2:
+            return self.values[0] if self.values else None
+        nll, data = (torch.stack(terms).sum(0) for terms in list(zip(*self.values, strict=True))[:2])
+        return ObjectiveValue(nll, data)
 
     def gradient(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """Gradient of every sample's objective; its terms are kept in ``self.terms``."""
-        self._looked = self._calls(latents)
-        results = self.execution.gradients(self._looked)
-        self.outcomes = [outcome for _, outcome in results]
-        return [g for gradients, _ in results for g in gradients]
+        """Gradient of every sample's objective; what it is there is kept in ``self.value``."""
+        self._points = self._points_at(latents)
+        found = self.execution.gradients(self._points)
+        self.values = [value for value, _ in found]
+        return [g for _, gradients in found for g in gradients]
 
     def curvature(self, direction: Sequence[Tensor]) -> Tensor:
         """Gauss–Newton curvature along a direction, where the gradient was taken last: ``(B,)``.
@@ -94,34 +85,28 @@ class Problem:
         The directional derivatives are finite differences, which any decomposition and head allow and
         which cost one pass without gradients.
         """
-        latents = [z for call in self._looked for z in call.moving]
+        latents = [z for _, moving in self._points for z in moving]
         at, along = joined(latents), joined(direction)
         reach = dot(at, at).clamp_min(1).sqrt() / dot(along, along).clamp_min(1e-30).sqrt()
         step = _difference(at) * reach
-        nearby = self.execution.values(self._calls(parted(at + step[:, None] * along, latents)))
+        nearby = self.execution.values(self._points_at(parted(at + step[:, None] * along, latents)))
         total = torch.zeros_like(step)
-        for call, here, there in zip(self._looked, self.outcomes, nearby, strict=True):
-            slopes = [(b - a) / rows(step, a) for a, b in zip(here.bands, there.bands, strict=True)]
-            total = total + _second_derivative(call, here.bands, slopes).abs()
+        for objective, here, there in zip(self.objectives, self.values, nearby, strict=True):
+            slopes = [(b - a) / per_sample(step, a) for a, b in zip(here.bands, there.bands, strict=True)]
+            total = total + _second_derivative(objective, here.bands, slopes).abs()
             for a, b in zip(here.whitened, there.whitened, strict=True):
-                total = total + ((b - a) / rows(step, a)).square().flatten(1).sum(1)
+                total = total + ((b - a) / per_sample(step, a)).square().flatten(1).sum(1)
         return total
 
     @cached_property
     def preconditioner(self) -> Tensor:
         """Variance of each latent, as :func:`joined`: ``(B, n)``."""
-        return joined(self.spread).square()
+        std = self._std()
+        return joined([std[layer].detach() for layers in self._layers for layer in layers]).square()
 
-    def settle(self, latents: list[Tensor], done: int) -> list[Tensor]:
-        """Where the latents go on from after ``done`` steps."""
-        return latents if self._settle is None else self._settle(self, latents, done)
-
-    def _calls(self, latents: Sequence[Tensor]) -> list[Call]:
-        calls, first = [], 0
-        for piece, count, held in self.pieces:
-            calls.append(Call(piece, list(latents[first : first + count]), held))
-            first += count
-        return calls
+    def _points_at(self, latents: Sequence[Tensor]) -> list[Point]:
+        rest = iter(latents)
+        return [(o, [next(rest) for _ in layers]) for o, layers in zip(self.objectives, self._layers, strict=True)]
 
 
 def _difference(like: Tensor) -> float:
@@ -147,17 +132,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1)
 
 
-def rows(numbers: Tensor, like: Tensor) -> Tensor:
-    """One number for each sample, shaped to scale ``like``."""
-    return numbers.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _second_derivative(call: Call, bands: list[Tensor], slopes: list[Tensor]) -> Tensor:
+def _second_derivative(objective: Objective, bands: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
     """``d²/dt² data(h + t h')`` at t = 0: ``(B,)``; a loss without curvature gives zero."""
     with torch.enable_grad():
         t = torch.zeros(len(bands[0]), dtype=bands[0].dtype, device=bands[0].device, requires_grad=True)
-        moved = [h + rows(t, h) * slope for h, slope in zip(bands, slopes, strict=True)]
-        (first,) = torch.autograd.grad(call.piece.data(moved, call.held).sum(), t, create_graph=True)
+        moved = [h + per_sample(t, h) * slope for h, slope in zip(bands, slopes, strict=True)]
+        (first,) = torch.autograd.grad(objective.data(moved).sum(), t, create_graph=True)
         if not first.requires_grad:
             return torch.zeros_like(t)
         (second,) = torch.autograd.grad(first.sum(), t)

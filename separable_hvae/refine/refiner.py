@@ -9,13 +9,13 @@ A refiner is one small step; the loop around it is the same for all:
 A sampler moves to where the objective may be higher: it returns whatever is finite.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from separable_hvae._contexts import eval_mode, refcounted
-from separable_hvae._fingerprint import Fingerprint, fingerprint
 from separable_hvae._float32 import float32, full_precision
 from separable_hvae._validation import (
     check_callable,
@@ -33,22 +32,24 @@ from separable_hvae._validation import (
     check_number,
     instance_of,
 )
-from separable_hvae.data_terms.base import DataTerm
+from separable_hvae.data_terms.base import BoundTerm, DataTerm
 from separable_hvae.data_terms.signal import Loss, Signal, check_loss
-from separable_hvae.functional import require_autograd
+from separable_hvae.functional import per_sample, require_autograd
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.model.latents import require_all
 from separable_hvae.model.result import Result
-from separable_hvae.refine.acceptance import Chunk, Job, Reached, Watch
+from separable_hvae.nn.decoder import Observation
+from separable_hvae.nn.subset import SubsetCondition, SubsetPass
+from separable_hvae.refine.acceptance import is_refused, require_finite_start
 from separable_hvae.refine.budget import Clock
 from separable_hvae.refine.by_scale import ByScale, by_scale, check_by_scale
 from separable_hvae.refine.execution.base import Eager, Execution
 from separable_hvae.refine.execution.compiled import Compiled
 from separable_hvae.refine.execution.cuda_graphs import CudaGraphs
-from separable_hvae.refine.history import Iterate, Recorder, Row
-from separable_hvae.refine.pieces import Call
+from separable_hvae.refine.history import Iterate, Recorder, Step
+from separable_hvae.refine.objective import Objective, ObjectiveValue
 from separable_hvae.refine.problem import Problem
-from separable_hvae.refine.schedules import SCHEDULES, Schedule
+from separable_hvae.refine.schedules import SCHEDULES, Schedule, checked_latents
 from separable_hvae.refine.state import InferenceState, Init
 from separable_hvae.refine.stopping import Stopping
 
@@ -62,8 +63,8 @@ class Refiner(ABC):
     Args:
         steps: Steps N, one number or by scale; 0 everywhere is amortized inference.
         guidance: Weight β of the data term, one number or by scale.
-        loss: ``"likelihood"`` (the model's own), ``"l2"`` or ``"l1"`` (Gaussian or Laplace of the same variance), or
-            a callable ``(h_hat, h) -> (B,)`` in nats.
+        loss: ``"likelihood"`` (the model's own), ``"l2"`` or ``"l1"`` (Gaussian or Laplace of the same variance), or a
+            callable ``(h_hat, h) -> (B,)`` in nats.
         schedule: ``"latent"``, ``"scale"``, ``"parallel"``, ``"joint"``, ``"combined"``, or a :class:`Schedule`.
         init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior (fully
             iterative), a list of L tensors from these (a warm start: ``init=previous.latents``).
@@ -140,6 +141,7 @@ class Refiner(ABC):
         x: Tensor | DataTerm,
         generator: torch.Generator | None = None,
         callback: Callable[[Iterate], None] | None = None,
+        condition: Any = None,
     ) -> Result:
         """Refine the latents of signals.
 
@@ -151,6 +153,7 @@ class Refiner(ABC):
             x: Signals ``(B, C, *size)``, or what is known of them: a :class:`DataTerm`.
             generator: Random numbers of a drawn start.
             callback: Sees every iterate.
+            condition: What the model's condition takes, one for each sample.
 
         Returns:
             The decoded latents with ``objective``, ``history`` and ``refused``, all detached.
@@ -167,14 +170,34 @@ class Refiner(ABC):
         if callback is not None:
             check_callable("callback", callback, "(iterate) -> None")
         steps = {s: int(n) for s, n in by_scale("steps", self.steps, model.scales).items()}
-        guidance = tuple(by_scale("guidance", self.guidance, model.scales).values())
+        guidance = by_scale("guidance", self.guidance, model.scales)
         term = self._term(model, x)
         init = self.init if isinstance(self.init, str) else _given(model, self.init, len(term))
         dtype = term.x.dtype if isinstance(term, Signal) else None
-        job = Job(model, steps, guidance, dtype, generator, self.never_worse)
-        clock = Clock(self.budget, model.device)
-        recorder, results = Recorder(), []
+        clock, recorder, results = Clock(self.budget, model.device), Recorder(), list[Result]()
         size = self.batch_size or max(1, len(term))
+        looks = self.sample or any(o is not None for o in (callback, self.tolerance, self.budget))
+
+        def started(bound: BoundTerm, inputs: Any) -> InferenceState:
+            *seen, data, start, conditions = inputs
+            bound = replace(bound, data=data)
+            options = {"generator": generator, "execution": self.execution, "conditions": conditions}
+            return InferenceState(model, Observation(*seen), bound, guidance, steps, start, self.sample, **options)
+
+        def conditions_of(here: slice) -> list[SubsetCondition] | None:
+            with torch.no_grad():
+                if model.condition is None or size >= len(term):
+                    return model.conditions(condition, len(term))
+                some = pytree.tree_map_only(Tensor, operator.itemgetter(here), condition)
+                return model.conditions(some, len(range(len(term))[here]))
+
+        if model.condition is not None and condition is not None:
+            model.condition.check(condition, len(term))
+
+        def decoded(passes: list[SubsetPass], x: Tensor, objective: Tensor) -> Result:
+            result = model.result(passes, dtype or x.dtype, None if dtype is None else x)
+            return replace(result, objective=objective)
+
         with _evaluation(model), self._full(model):
             for first in range(0, max(1, len(term)), size):
                 here = slice(first, first + size)
@@ -183,60 +206,59 @@ class Refiner(ABC):
                     some = term if len(term) <= size else term.rows(here)
                     seen = model.observe(some.guess(model))
                     bound = some.bind(model, seen)
-                chunk = Chunk(seen, bound, init if isinstance(init, str) else [z[here] for z in init])
-                reached = self._reach(job, chunk, Watch(clock, recorder, callback, first))
-                recorder.add(reached.rows, reached.rounding, clock.seconds())
-                with torch.no_grad():
-                    results.append(reached.kept(job, seen.x, first))
+                start = init if isinstance(init, str) else [z[here] for z in init]
+                conditions = conditions_of(here)
+                inputs = seen.x, seen.activations, seen.targets, bound.data, start, conditions
+                infer: Callable[[Any], _Found] = partial(
+                    self._infer, partial(started, bound), decoded, clock, recorder, callback, first
+                )
+                if not looks and bound.pure:
+                    settings = partial(self._settings, dtype, bound.misfit, init if isinstance(init, str) else "given")
+                    infer = self.execution.inference(infer, model, settings)
+                found = infer(inputs)
+                recorder.add(found.steps, found.sums, found.rounding, clock.seconds())
+                require_finite_start(found.start_objective, found.start_nll, first)
+                result, before = Result(**found.decoded), found.start_objective
+                refused = is_refused(before, found.decoded["objective"], self.never_worse)
+                if bool(refused.any()):
+                    with torch.no_grad():
+                        pairs = zip(result.latents, found.start, strict=True)
+                        latents = [torch.where(per_sample(refused, new), old, new) for new, old in pairs]
+                        passes = model.decoder(latents, len(refused), conditions=conditions)
+                        result = decoded(passes, seen.x, torch.where(refused, before, found.decoded["objective"]))
+                results.append(replace(result, refused=refused))
         return replace(_joined(results), history=recorder.history())
 
-    def _reach(self, job: Job, chunk: Chunk, watch: Watch) -> Reached:
-        """Refine a chunk: a function of its tensors alone, unless something looks at values on the way."""
-        tensors, structure = pytree.tree_flatten(chunk.tensors)
+    def _infer(
+        self,
+        started: Callable[[Any], InferenceState],
+        decoded: Callable[..., Result],
+        clock: Clock,
+        recorder: Recorder,
+        callback: Callable[[Iterate], None] | None,
+        first: int,
+        inputs: Any,
+    ) -> "_Found":
+        """Refine some samples: a function of tensors alone, unless something looks at values on the way."""
+        with torch.no_grad():
+            state = started(inputs)
+            full = state.full_objective()
+            before = full.of_passes(state.start)
+            rounding = self._rounding(state, before.objective)
+        loop, latents = _Loop(self, state, clock, recorder, callback, first), state.latents
+        if any(state.steps.values()):
+            clock.reserve()
+            latents = checked_latents(self.schedule, self.schedule(state, loop), state.latents)
+        with torch.no_grad():
+            passes = state.passes(latents)
+            after = before if all(map(operator.is_, passes, state.start)) else full.of_passes(passes)
+            sums = torch.stack(loop.sums) if loop.sums else before.nll.new_zeros(0, 4)
+            result = decoded(passes, state.seen.x, after.objective)
+        return _Found(state.latents, before.nll, before.objective, vars(result), loop.steps, sums, rounding)
 
-        def infer(tensors: Sequence[Tensor]) -> Reached:
-            seen, term, init = chunk.on(pytree.tree_unflatten(list(tensors), structure))
-            with torch.no_grad():
-                run = InferenceState(job.model, seen, term, job.guidance, job.steps, init, self.sample, job.generator)
-                rounding = self._rounding(run)
-            taken = self._loop(run, watch) if any(job.steps.values()) else []
-            with torch.no_grad():
-                return Reached.of(job, run, taken, rounding)
-
-        looks = self.tolerance is not None or self.budget is not None or watch.callback is not None
-        if looks or self.sample or not chunk.term.pure:
-            return infer(tensors)
-        start = chunk.init if isinstance(chunk.init, str) else "given"
-        key = (self._settings(), job.dtype, job.guidance, tuple(job.steps.values()), chunk.term.misfit, start)
-        reached: Reached = self.execution.inference(key, job.model, infer, tensors)
-        return reached
-
-    def _settings(self) -> Fingerprint:
-        """All settings, as a key; where it starts and how it runs aside."""
-        bare = copy(self)
-        bare.init, bare.execution = "posterior", Eager()
-        return fingerprint(bare)
-
-    def _loop(self, run: InferenceState, watch: Watch) -> list[Row]:
-        """Solve the problems of the schedule, one after the other."""
-        taken: list[Row] = []
-        watch.clock.reserve()
-        for number, problem in enumerate(self.schedule.solving(run)):
-            problem.execution, problem.generator = self.execution, run.generator
-            watch.clock.enter(problem)
-            stopping = Stopping(self.tolerance, run.batch, run.context.device)
-            state: Any = None
-            for n in range(problem.steps):
-                if watch.clock.is_over() or stopping.is_over():
-                    break
-                with self._lowered(run.model):
-                    latents, state = _moved(self, problem, state)
-                iterate = Iterate.of(problem, number, n, stopping.moving, watch.clock.seconds(), watch.first)
-                taken.append(Row.of(iterate))
-                watch.see(iterate)
-                settled = problem.settle(latents, n + 1)
-                problem.latents = stopping.hold(iterate.objective, problem.latents, settled)
-        return taken
+    def _settings(self, *others: object) -> object:
+        """All that a result depends on beside the model and tensors."""
+        return {k: v for k, v in vars(self).items() if k not in ("init", "execution")}, type(self), others
 
     @override
     def __repr__(self) -> str:
@@ -247,7 +269,7 @@ class Refiner(ABC):
         if not isinstance(x, DataTerm):
             model.decomp.check_signal(x)
             return Signal(x, self.loss)
-        if self.loss != "likelihood":
+        if self.loss not in ("likelihood", "l2"):
             raise ValueError(
                 f"loss is for signals, a data term has its own: got {_brief(self.loss)} beside a {type(x).__name__}. "
                 "Leave loss out (MAPRefiner.paper sets one: use MAPRefiner), or give a Measurement another Noise"
@@ -267,30 +289,111 @@ class Refiner(ABC):
                 yield
 
     def _lowered(self, model: HVAE) -> AbstractContextManager[Any]:
-        device = model.device
-        if self.precision == "bfloat16":
-            return torch.autocast(device.type, dtype=torch.bfloat16)
-        return float32(device, "conv", tf32=True) if self.precision == "tf32" else nullcontext()
+        if self.precision is None:
+            return nullcontext()
+        if self.precision == "tf32":
+            return float32(model.device, "conv", tf32=True)
+        return torch.autocast(model.device.type, dtype=torch.bfloat16)
 
-    def _rounding(self, run: InferenceState) -> Tensor | None:
+    def _rounding(self, state: InferenceState, objective: Tensor) -> Tensor | None:
         """What the reduced precision does to the objective at the start, relative to it: ``(B,)``."""
         if self.precision is None:
             return None
-        with self._lowered(run.model):
-            lowered = Call(run.whole, run.start_latents, run.term.data).value().objective
-        return (lowered - run.start_objective).abs() / (1 + run.start_objective.abs())
+        with self._lowered(state.model):
+            lowered = state.full_objective()(state.latents).objective
+        return (lowered - objective).abs() / (1 + objective.abs())
 
 
-def _moved(refiner: Refiner, problem: Problem, state: Any) -> tuple[list[Tensor], Any]:
-    """A refiner's step, checked: it may be a user's."""
-    moved: Any = refiner.step(problem, problem.latents, state)
+class _Found(NamedTuple):
+    """What an inference gives: a structure of tensors, which may be recorded and replayed.
+
+    Attributes:
+        start: The latents that were started from.
+        start_nll: Their ``−log p(z)``, in nats: ``(B,)``.
+        start_objective: Their full MAP objective.
+        decoded: The attributes of a :class:`Result`.
+        steps: The steps that were taken.
+        sums: What :meth:`Iterate.sums` says of each: ``(steps, 4)``.
+        rounding: Relative error of a reduced precision, ``(B,)``.
+    """
+
+    start: list[Tensor]
+    start_nll: Tensor
+    start_objective: Tensor
+    decoded: dict[str, Any]
+    steps: list[Step]
+    sums: Tensor
+    rounding: Tensor | None
+
+
+@dataclass
+class _Loop:
+    """The loop around a refiner's step, which takes the problems of a schedule one after the other.
+
+    Attributes:
+        steps: The steps taken.
+        sums: What is recorded of each.
+    """
+
+    refiner: Refiner
+    state: InferenceState
+    clock: Clock
+    recorder: Recorder
+    callback: Callable[[Iterate], None] | None
+    first: int
+    problems: int = 0
+    steps: list[Step] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+
+    def __call__(
+        self,
+        problem: Problem,
+        *,
+        until: float = 1.0,
+        after_step: Callable[[list[ObjectiveValue]], Sequence[Objective]] | None = None,
+    ) -> list[Tensor]:
+        """Take the steps of a problem, see :class:`Solve`."""
+        refiner, clock, latents, carried = self.refiner, self.clock, problem.latents, None
+        clock.enter(until)
+        stopping = Stopping(refiner.tolerance, self.state.batch, latents[0].device)
+        for n in range(problem.steps):
+            if clock.is_over() or stopping.is_over():
+                break
+            with refiner._lowered(self.state.model):
+                moved, carried = _checked_step(refiner, refiner.step(problem, latents, carried), latents)
+            if (value := problem.value) is None:
+                raise RuntimeError("a refiner's step must call problem.gradient at least once")
+            iterate = Iterate(
+                self.problems,
+                n,
+                problem.scales,
+                latents,
+                value.nll,
+                value.data,
+                stopping.moving,
+                clock.seconds(),
+                self.first,
+            )
+            self.steps.append((self.problems, n, max(problem.scales)))
+            self.sums.append(iterate.sums())
+            self.recorder.seconds[iterate.problem, n] = iterate.seconds
+            if self.callback is not None:
+                self.callback(iterate)
+            if after_step is not None:
+                problem.objectives = list(after_step(problem.values))
+            latents = stopping.hold(iterate.objective, latents, moved)
+        self.problems += 1
+        return latents
+
+
+def _checked_step(refiner: Refiner, moved: Any, before: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+    """What a refiner's step returned: it may be a user's."""
     if not (isinstance(moved, tuple) and len(moved) == 2 and isinstance(moved[0], list)):
         raise TypeError(f"{type(refiner).__name__}.step must return (latents, state), got {type(moved).__name__}")
-    latents: list[Tensor] = moved[0]
-    shapes, wanted = ([tuple(z.shape) for z in zs] for zs in (latents, problem.latents))
+    shapes, wanted = ([tuple(z.shape) for z in latents] for latents in (moved[0], before))
     if shapes != wanted:
         raise ValueError(f"{type(refiner).__name__}.step must return latents of shapes {wanted}, got {shapes}")
-    return latents, moved[1]
+    return moved[0], moved[1]
 
 
 @contextmanager
@@ -318,10 +421,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
     """Check the latents to start from and copy them, so that ones from inference mode can move too."""
     with torch.inference_mode(False):
-        given = [
-            z.detach().to(model.device, model.real_dtype, copy=True)
-            for z in require_all("init", latents, model.latent_shapes, batch)
-        ]
+        full = require_all("init", latents, model.latent_shapes, batch)
+        given = [z.detach().to(model.device, model.real_dtype, copy=True) for z in full]
     if not all(bool(torch.isfinite(z).all()) for z in given):
         raise ValueError("init must be finite, got NaN or infinity")
     return given

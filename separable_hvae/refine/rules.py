@@ -18,7 +18,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from separable_hvae._validation import check_instance, check_number
-from separable_hvae.refine.problem import Problem, dot, joined, parted, rows
+from separable_hvae.functional import per_sample
+from separable_hvae.refine.problem import Problem, dot, joined, parted
 
 
 class Rule(ABC):
@@ -131,7 +132,7 @@ class GaussNewton(Rule):
         here = _Point.at(problem, latents, state)
         if state is not None:
             rose = ~(here.objective <= state.objective)
-            here = _Point(*(torch.where(rows(rose, new), old, new) for old, new in zip(state, here, strict=True)))
+            here = _Point(*(torch.where(per_sample(rose, new), old, new) for old, new in zip(state, here, strict=True)))
             # A sample that went back tries the same direction again, a quarter as far.
             here = here._replace(trust=torch.where(rose, state.trust / 4, (2 * state.trust).clamp_max(1)))
         moves = parted((here.trust * here.length)[:, None] * here.direction, latents)
@@ -153,7 +154,7 @@ class _Point(NamedTuple):
     @classmethod
     def at(cls, problem: Problem, latents: list[Tensor], before: "_Point | None") -> "_Point":
         gradient = joined(problem.gradient(latents))
-        assert problem.terms is not None
+        assert problem.value is not None
         preconditioned = problem.preconditioner * gradient
         direction = -preconditioned
         if before is not None:
@@ -164,8 +165,8 @@ class _Point(NamedTuple):
             direction = torch.where((dot(gradient, conjugate) < 0)[:, None], conjugate, direction)
         slope = dot(gradient, direction)
         length = -slope / problem.curvature(parted(direction, latents)).clamp_min(1e-30)
-        terms = problem.terms.objective
-        return cls(joined(latents), terms, gradient, preconditioned, direction, length, torch.ones_like(length))
+        objective, trust = problem.value.objective, torch.ones_like(length)
+        return cls(joined(latents), objective, gradient, preconditioned, direction, length, trust)
 
 
 RULES: dict[str, type[Rule]] = {"gd": GradientDescent, "adam": Adam, "gauss-newton": GaussNewton}

@@ -12,94 +12,53 @@ subset are completed with posterior means and held fixed while an earlier one mo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from separable_hvae._validation import check_flag, check_integer, check_number, instance_of
-from separable_hvae.nn.subset import SubsetPass
-from separable_hvae.refine.pieces import OneSubset, Outcome
+from separable_hvae.refine.objective import Objective, ObjectiveValue
 from separable_hvae.refine.problem import Problem
 from separable_hvae.refine.state import InferenceState
 
 
-class Schedule(ABC):
-    """Turn the refinement of a batch into problems.
+class Solve(Protocol):
+    """Take the steps of a problem."""
 
-    A schedule yields one problem after the other; when it goes on, the problem's ``latents`` are those
-    that the update rule reached. At the end it calls ``run.reach`` with one tensor for each layer.
-    """
+    def __call__(
+        self,
+        problem: Problem,
+        *,
+        until: float = 1.0,
+        after_step: Callable[[list[ObjectiveValue]], Sequence[Objective]] | None = None,
+    ) -> list[Tensor]:
+        """Return the latents that the update rule ends at.
+
+        Args:
+            problem: The problem.
+            until: Share of the schedule's time that may have passed when it ends, where there is a budget.
+            after_step: Maps the values of the problem's objectives, where the last step took its gradient, to
+                the objectives of the next step; ``None`` leaves them as they are.
+        """
+
+
+class Schedule(ABC):
+    """Turn the refinement of a batch into problems."""
 
     @abstractmethod
-    def problems(self, run: InferenceState) -> Iterator[Problem]:
-        """Yield problems, coarse to fine."""
+    def __call__(self, state: InferenceState, solve: Solve) -> list[Tensor]:
+        """Refine the latents of a batch.
 
-    @final
-    def solving(self, run: InferenceState) -> Iterator[Problem]:
-        """The problems, for who takes their steps.
+        Args:
+            state: Where inference starts, and the model; gives problems and their objectives.
+            solve: Takes the steps of a problem, and returns its latents after them.
 
-        Raises:
-            RuntimeError: At the end, if what they have led to was not passed to ``run.reach``.
+        Returns:
+            One tensor for each layer, coarse to fine.
         """
-        before, problem = run.latents, None
-        for problem in self.problems(run):
-            yield problem
-        if problem is not None and run.latents is before:
-            raise RuntimeError(
-                f"{type(self).__name__}.problems must end with run.reach(latents), one tensor for each layer: "
-                "what its steps have led to is lost otherwise"
-            )
-
-
-class Scale(Schedule):
-    """All latents of a subset in one step, subset by subset.
-
-    Args:
-        sweeps: Times to go through the subsets, the steps being shared. From the second on, a data term
-            that mixes bands sees the finer ones of the sweep before.
-    """
-
-    def __init__(self, sweeps: int = 1) -> None:
-        self.sweeps = check_integer("sweeps", sweeps, 1)
-
-    @override
-    def problems(self, run: InferenceState) -> Iterator[Problem]:
-        finer: list[Tensor | None] = [None] * len(run.model.subsets)
-        for sweep in range(self.sweeps):
-            shares = {scale: _share(n, sweep, self.sweeps) for scale, n in run.steps.items()}
-            here = run.onwards(shares) if sweep else run
-            for problem in self._sweep(here, shares, finer):
-                problem.until = (sweep + problem.until) / self.sweeps
-                yield problem
-            run.follow(here)
-            finer = [step.band for step in run.passes]
-
-    def _sweep(self, run: InferenceState, steps: dict[int, int], finer: Sequence[Tensor | None]) -> Iterator[Problem]:
-        passes: list[SubsetPass] = []
-        bands, context, first = list(finer), run.context, 0
-        for i, subset in enumerate(run.model.subsets):
-            with torch.no_grad():
-                aim = run.term.aim(i, bands)
-                start = run.enter(i, context, run.evidence(i, [step.band for step in passes]))
-                held = [context, *subset.prior_features(0, context), *aim]
-            last = first + len(subset.scales)
-            problem = Problem(
-                start.latents,
-                subset.scales,
-                steps[subset.scale],
-                [(OneSubset(run.objective, i), last - first, held)],
-                until=last / run.model.depth,
-                spread=run.spread[first:last],
-            )
-            yield problem
-            with torch.no_grad():
-                passes.append(subset(context, problem.latents))
-            bands[i], context, first = passes[-1].band, passes[-1].context, last
-        run.reach([z for step in passes for z in step.latents], passes)
 
 
 class Latent(Schedule):
@@ -114,37 +73,56 @@ class Latent(Schedule):
         self.own_prior = own_prior
 
     @override
-    def problems(self, run: InferenceState) -> Iterator[Problem]:
+    def __call__(self, state: InferenceState, solve: Solve) -> list[Tensor]:
         latents: list[Tensor] = []
-        bands: list[Tensor | None] = [None] * len(run.model.subsets)
-        context = run.context
-        for i, subset in enumerate(run.model.subsets):
-            with torch.no_grad():
-                aim = run.term.aim(i, bands)
-                evidence = run.evidence(i, [band for band in bands[:i] if band is not None])
-                entered = final = run.enter(i, context, evidence)
-            for m, scale in enumerate(subset.scales):
-                with torch.no_grad():
-                    z = run.recentre(i, m, context, entered, evidence)
-                    later = run.completion(i, m, z, context, evidence)
-                    held = [context, *subset.prior_features(m, context), *later, *aim]
-                piece = OneSubset(run.objective, i, m, len(later), own_prior=self.own_prior)
-                spread = run.spread[len(latents) : len(latents) + 1]
-                problem = Problem(
-                    [z],
-                    [scale],
-                    run.steps[subset.scale],
-                    [(piece, 1, held)],
-                    until=(len(latents) + 1) / run.model.depth,
-                    spread=spread,
-                )
-                yield problem
-                latents += problem.latents
-                with torch.no_grad():
-                    final = subset(context, [*problem.latents, *later], start=m)
-                context = final.contexts[1] if later else final.context
-            bands[i] = final.band
-        run.reach(latents)
+        bands: list[Tensor] = []
+        context = state.context
+        for i, subset in enumerate(state.model.subsets):
+            targets = state.targets(i, [*bands, *[None] * (len(state.start) - i)])
+            evidence, step = state.evidence(i, bands), state.start[i]
+            for m in range(len(subset.scales)):
+                z, *later = state.restart(i, context, evidence, start=m, drawn=1)
+                objective = state.subset_objective(i, context, targets, later, start=m, own_prior=self.own_prior)
+                problem = state.problem([z], [objective], state.steps[subset.scale])
+                latents += solve(problem, until=(len(latents) + 1) / state.model.depth)
+                step = state.subset(i, context, [latents[-1], *later], start=m)
+                context = step.contexts[1] if later else step.context
+            bands.append(step.band)
+        return latents
+
+
+class Scale(Schedule):
+    """All latents of a subset in one step, subset by subset.
+
+    Args:
+        sweeps: Times to go through the subsets, the steps being shared. From the second on, a data term
+            that mixes bands sees the finer ones of the sweep before.
+    """
+
+    def __init__(self, sweeps: int = 1) -> None:
+        self.sweeps = check_integer("sweeps", sweeps, 1)
+
+    @override
+    def __call__(self, state: InferenceState, solve: Solve) -> list[Tensor]:
+        part, bands, latents = state, list[Tensor | None]([None] * len(state.start)), state.latents
+        for sweep in range(self.sweeps):
+            if self.sweeps > 1:
+                part = state.part(self._share(state, sweep), latents if sweep else None)
+                bands = [step.band for step in part.start] if sweep else bands
+            latents, context = [], part.context
+            for i, subset in enumerate(state.model.subsets):
+                start = part.restart(i, context, part.evidence(i, bands[:i]))
+                objective = part.subset_objective(i, context, part.targets(i, bands))
+                problem = part.problem(start, [objective], part.steps[subset.scale])
+                share = (len(latents) + len(start)) / state.model.depth
+                found = solve(problem, until=(sweep + share) / self.sweeps)
+                step = part.subset(i, context, found)
+                latents, bands[i], context = latents + found, step.band, step.context
+        return latents
+
+    def _share(self, state: InferenceState, sweep: int) -> dict[int, int]:
+        """Steps of one sweep, so that all sweeps together have as many as asked for."""
+        return {s: n * (sweep + 1) // self.sweeps - n * sweep // self.sweeps for s, n in state.steps.items()}
 
 
 class Parallel(Schedule):
@@ -152,66 +130,24 @@ class Parallel(Schedule):
 
     A subset uses the context that the coarser one produced a step earlier: refreshing it costs nothing. It takes
     one number of steps.
-
-    Args:
-        recentre: After every so many steps each latent is recentred on what the encoder would say under the new
-            context, ``z ← z + μ_q(new context) − μ_q(old context)``, which costs about half a step; 0 never does.
     """
 
-    def __init__(self, recentre: int = 0) -> None:
-        self.recentre = check_integer("recentre", recentre, 0)
-
     @override
-    def problems(self, run: InferenceState) -> Iterator[Problem]:
-        steps, subsets = _one_number(run, "parallel"), run.model.subsets
-        with torch.no_grad():
-            bands = [step.band for step in run.start]
-            evidence = [run.evidence(i, bands[:i]) for i in range(len(subsets))] if self.recentre else []
-            inflows = [[*step.contexts, step.context] for step in run.start]
-        centres = self._centres(run, inflows, evidence) if self.recentre else None
-
-        def pieces(inflows: list[list[Tensor]], bands: list[Tensor]) -> list[tuple[OneSubset, int, list[Tensor]]]:
-            entries = [run.context, *(contexts[-1] for contexts in inflows[:-1])]
-            with torch.no_grad():
-                return [
-                    (OneSubset(run.objective, i, entered=False), len(s.scales), [entries[i], *run.term.aim(i, bands)])
-                    for i, s in enumerate(subsets)
-                ]
-
-        def settle(problem: Problem, latents: list[Tensor], done: int) -> list[Tensor]:
-            # Contexts change between steps only: a rule may ask for several gradients of one objective.
-            nonlocal centres
-            reached: list[Outcome] = problem.outcomes
-            inflows = [outcome.contexts for outcome in reached]
-            problem.pieces = list(pieces(inflows, [outcome.bands[0] for outcome in reached]))
-            if centres is None or done % self.recentre or done == steps:
-                return latents
-            old, centres = centres, self._centres(run, inflows, evidence)
-            assert centres is not None
-            return [z + new - before for z, new, before in zip(latents, centres, old, strict=True)]
-
-        problem = Problem(
-            run.start_latents,
-            run.model.layer_scales,
-            steps,
-            pieces(inflows, bands),
-            spread=run.spread,
-            settle=settle,
-        )
-        yield problem
-        run.reach(problem.latents)
-
-    @staticmethod
-    def _centres(run: InferenceState, inflows: list[list[Tensor]], evidence: Sequence[Any]) -> list[Tensor] | None:
-        """What the encoder says of each latent under the contexts that flow into the layers."""
-        if run.init != "posterior":
-            return None
-        with torch.no_grad():
+    def __call__(self, state: InferenceState, solve: Solve) -> list[Tensor]:
+        def objectives(contexts: Sequence[Tensor], bands: Sequence[Tensor]) -> list[Objective]:
             return [
-                subset.posterior(m, context, seen).mean
-                for subset, contexts, seen in zip(run.model.subsets, inflows, evidence, strict=True)
-                for m, context in enumerate(contexts[:-1])
+                state.subset_objective(i, context, state.targets(i, bands), features=False)
+                for i, context in enumerate(contexts)
             ]
+
+        def refreshed(values: list[ObjectiveValue]) -> list[Objective]:
+            # Contexts change between steps only: a rule may ask for several gradients of one objective.
+            contexts = [state.context, *(value.contexts[-1] for value in values[:-1])]
+            return objectives(contexts, [value.bands[0] for value in values])
+
+        start = objectives([step.contexts[0] for step in state.start], [step.band for step in state.start])
+        problem = state.problem(state.latents, start, _one_number(state, "parallel"))
+        return solve(problem, after_step=refreshed)
 
 
 class Joint(Schedule):
@@ -221,17 +157,8 @@ class Joint(Schedule):
     """
 
     @override
-    def problems(self, run: InferenceState) -> Iterator[Problem]:
-        problem = Problem(
-            run.start_latents,
-            run.model.layer_scales,
-            _one_number(run, "joint"),
-            [(run.whole, run.model.depth, run.term.data)],
-            joint=True,
-            spread=run.spread,
-        )
-        yield problem
-        run.reach(problem.latents)
+    def __call__(self, state: InferenceState, solve: Solve) -> list[Tensor]:
+        return solve(state.problem(state.latents, [state.full_objective()], _one_number(state, "joint")))
 
 
 class Chain(Schedule):
@@ -249,32 +176,49 @@ class Chain(Schedule):
         # type-abstract: mypy wants a class that can be built, where only isinstance is asked of it.
         self.schedules = [instance_of("schedule", s, SCHEDULES, Schedule) for s, _ in parts]  # type: ignore[type-abstract]
         total = sum(share for _, share in parts)
-        self.ends = [0.0]
-        for _, share in parts:
-            self.ends.append(self.ends[-1] + share / total)
+        self.ends = list(accumulate((share / total for _, share in parts), initial=0.0))
 
     @override
-    def problems(self, run: InferenceState) -> Iterator[Problem]:
+    def __call__(self, state: InferenceState, solve: Solve) -> list[Tensor]:
+        latents = state.latents
         for schedule, (begin, end) in zip(self.schedules, pairwise(self.ends), strict=True):
-            steps = {scale: round(n * end) - round(n * begin) for scale, n in run.steps.items()}
+            steps = {scale: round(n * end) - round(n * begin) for scale, n in state.steps.items()}
             if any(steps.values()):
-                part = run.onwards(steps) if begin else run.with_steps(steps)
-                for problem in schedule.solving(part):
-                    problem.until = begin + (end - begin) * problem.until
-                    yield problem
-                run.follow(part)
+                part = state.part(steps, latents if begin else None)
+                found = schedule(part, within(solve, begin, end))
+                latents = checked_latents(schedule, found, state.latents)
+        return latents
 
 
-def _share(steps: int, sweep: int, sweeps: int) -> int:
-    """Steps of one sweep, so that all sweeps together have as many as asked for."""
-    return steps * (sweep + 1) // sweeps - steps * sweep // sweeps
+def checked_latents(schedule: Schedule, latents: object, before: Sequence[Tensor]) -> list[Tensor]:
+    """The latents that a schedule returned, which may be a user's, once they are known to have the right shapes.
+
+    Raises:
+        TypeError: If they are no list.
+        ValueError: If their shapes are others.
+    """
+    if not isinstance(latents, list):
+        raise TypeError(f"{type(schedule).__name__} must return a list of latents, got {type(latents).__name__}")
+    shapes, wanted = ([tuple(z.shape) for z in zs] for zs in (latents, before))
+    if shapes != wanted:
+        raise ValueError(f"{type(schedule).__name__} must return latents of shapes {wanted}, got {shapes}")
+    return latents
 
 
-def _one_number(run: InferenceState, schedule: str) -> int:
+def within(solve: Solve, begin: float, end: float) -> Solve:
+    """``solve`` for a part of a schedule, whose time goes from one share of the schedule's to another."""
+
+    def part(problem: Problem, *, until: float = 1.0, **options: Any) -> list[Tensor]:
+        return solve(problem, until=begin + (end - begin) * until, **options)
+
+    return part
+
+
+def _one_number(state: InferenceState, schedule: str) -> int:
     """The number of steps of a schedule that moves every latent in each step."""
-    if len(numbers := set(run.steps.values())) > 1:
+    if len(numbers := set(state.steps.values())) > 1:
         raise ValueError(
-            f"schedule {schedule!r} moves every latent in each step: steps must be one number, got {run.steps}"
+            f"schedule {schedule!r} moves every latent in each step: steps must be one number, got {state.steps}"
         )
     return numbers.pop()
 

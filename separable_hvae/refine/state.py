@@ -1,8 +1,9 @@
-"""One batch's refinement: where it starts, what it aims at, what it has reached."""
+"""One batch's inference: where its latents start, what they are compared with, and the model under given contexts."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -11,26 +12,34 @@ from torch import Tensor
 from separable_hvae.data_terms.base import BoundTerm
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.nn.decoder import Observation
-from separable_hvae.nn.subset import Evidence, SubsetPass
-from separable_hvae.refine.objective import Objective
-from separable_hvae.refine.pieces import Whole
+from separable_hvae.nn.subset import Evidence, SubsetCondition, SubsetPass
+from separable_hvae.refine.execution.base import Execution
+from separable_hvae.refine.objective import FullInputs, FullObjective, Objective, SubsetInputs, SubsetObjective
+from separable_hvae.refine.problem import Problem
 
 Init = Literal["posterior", "prior"]
 
 
 class InferenceState:
-    """State that a schedule works on.
+    """What a schedule works with; nothing in it changes while a schedule runs.
 
     Args:
         model: The model, in evaluation mode.
         seen: The batch as the encoder sees it.
         term: What is known of the batch.
-        guidance: β of each scale, coarse to fine.
+        guidance: β of each scale.
         steps: Steps by scale.
-        init: ``"posterior"`` starts from the encoder's guess, ``"prior"`` from the prior, a list of L
+        init: ``"posterior"`` starts from the encoder's posterior, ``"prior"`` from the prior, a list of L
             tensors from these.
         sample: Start from a draw instead of the mean.
         generator: Random numbers of the draw, and of steps that draw.
+        execution: How objectives are evaluated.
+        conditions: What each subset sees of a condition; ``None`` for a model without.
+
+    Attributes:
+        start: A pass through the latents that are started from, one entry for each subset.
+        latents: These latents, one tensor for each layer.
+        context: The context that flows into the first subset.
     """
 
     def __init__(
@@ -38,117 +47,171 @@ class InferenceState:
         model: HVAE,
         seen: Observation,
         term: BoundTerm,
-        guidance: tuple[float, ...],
-        steps: dict[int, int],
+        guidance: Mapping[int, float],
+        steps: Mapping[int, int],
         init: Init | Sequence[Tensor],
-        sample: bool,
-        generator: torch.Generator | None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        execution: Execution | None = None,
+        conditions: Sequence[SubsetCondition] | None = None,
     ) -> None:
         self.model, self.seen, self.term, self.steps = model, seen, term, steps
-        self.objective = Objective(model, term.misfit, guidance)
-        self.batch = len(seen.x)
-        self.init, self.generator = init, generator
-        self.given = None if isinstance(init, str) else list(init)
-        self.context = model.start.detach().expand(self.batch, *model.start.shape[1:])
+        self.guidance, self.generator, self.execution = guidance, generator, execution
+        self.conditions = conditions
+        self.batch, self.init = len(seen.x), init
         with torch.no_grad():
             self.start: list[SubsetPass] = model.decoder(
-                self.given or [None] * model.depth,
+                [None] * model.depth if isinstance(init, str) else init,
                 self.batch,
                 seen if init == "posterior" else None,
+                conditions,
                 temperature=1.0 if sample else 0.0,
                 generator=generator,
             )
-        self.origin = self.start
-        self.start_latents = [z for step in self.start for z in step.latents]
-        self.spread = [_distribution(step, m)[1] for step in self.start for m in range(len(step.latents))]
+        self.latents = [z for step in self.start for z in step.latents]
+        self.context = self.start[0].contexts[0]
         # A drawn start is kept as noise, so that it can move along with its distribution.
-        self.noise = [_noise(step, sample) for step in self.start]
-        self.reach(self.start_latents, self.start)
+        self._noise = [_noise(step) if sample else None for step in self.start]
+        self._first, self._latest = self.start, list(self.start)
 
-    def reach(self, latents: Sequence[Tensor], passes: list[SubsetPass] | None = None) -> None:
-        """Say what has been reached: one tensor for each layer, and the pass through them where it is known."""
-        self._latents, self._passes = list(latents), passes
-
-    def follow(self, run: "InferenceState") -> None:
-        """Say that what another run has reached has been reached."""
-        self._latents, self._passes = run._latents, run._passes
-
-    @property
-    def latents(self) -> list[Tensor]:
-        """What has been reached, one tensor for each layer; :meth:`reach` changes it."""
-        return self._latents
-
-    @property
-    def passes(self) -> list[SubsetPass]:
-        """The pass through the latents that have been reached."""
-        if self._passes is None:
-            with torch.no_grad():
-                self._passes = self.model.decoder(self.latents, self.batch)
-        return self._passes
+    def part(self, steps: Mapping[int, int], latents: Sequence[Tensor] | None = None) -> "InferenceState":
+        """The same inference with other numbers of steps, started from given latents, one for each layer, if any."""
+        state = copy(self)
+        state.steps = steps
+        if latents is not None:
+            state.latents = state.init = list(latents)
+            state.start = self.passes(latents)
+        return state
 
     @cached_property
-    def start_objective(self) -> Tensor:
-        """The full MAP objective at the start, in nats: ``(B,)``."""
-        return self.objective.total(self.origin, self.term.data).objective
+    def std(self) -> list[Tensor]:
+        """Standard deviation of each layer's posterior as inference began; of its prior where there is none."""
+        return [_distribution(step, m)[1] for step in self._first for m in range(len(step.latents))]
 
-    @cached_property
-    def whole(self) -> Whole:
-        """The full MAP objective."""
-        return Whole(self.objective)
+    # What is minimised.
 
-    def with_steps(self, steps: dict[int, int]) -> "InferenceState":
-        """The same run with another number of steps."""
-        run = copy(self)
-        run.steps = steps
-        return run
+    def problem(self, latents: Sequence[Tensor], objectives: Sequence[Objective], steps: int) -> Problem:
+        """The problem of minimising a sum of objectives, from these latents on, in so many steps."""
+        std = partial(getattr, self, "std")
+        return Problem(latents, objectives, steps, execution=self.execution, generator=self.generator, std=std)
 
-    def onwards(self, steps: dict[int, int]) -> "InferenceState":
-        """A run that goes on from what this one has reached."""
-        run = self.with_steps(steps)
-        run.given = run.init = run.start_latents = self.latents
-        run.start, run.noise = self.passes, [None] * len(self.start)
-        return run
+    def full_objective(self, later: Sequence[Tensor] = ()) -> FullObjective:
+        """The full MAP objective, perhaps with some later latents fixed."""
+        return FullObjective(
+            self.model, self.term.misfit, self.guidance, FullInputs(self.term.data, later, self.conditions)
+        )
 
-    def evidence(self, index: int, coarser: Sequence[Tensor]) -> Evidence | None:
-        """What the posteriors of a subset see, given the coarser bands."""
-        if self.init != "posterior":
-            return None
-        return self.model.decoder.evidence(index, self.seen, coarser)
+    def subset_objective(
+        self,
+        index: int,
+        context: Tensor,
+        targets: Sequence[Tensor],
+        later: Sequence[Tensor] = (),
+        *,
+        start: int = 0,
+        own_prior: bool = False,
+        features: bool = True,
+    ) -> SubsetObjective:
+        """The objective of one subset (eq. 6), from its layer ``start`` on.
 
-    def enter(self, index: int, context: Tensor, evidence: Evidence | None) -> SubsetPass:
-        """Where the latents of a subset start, under the context that flows into it now."""
-        subset, noise = self.model.subsets[index], self.noise[index]
-        if self.given is not None:
-            step: SubsetPass = subset(context, self.start[index].latents)
-            return step
-        if noise is None:
-            whole: SubsetPass = subset(context, [None] * len(subset.scales), evidence, temperature=0.0)
-            return whole
-        latents: list[Tensor] = []
-        for m in range(len(subset.scales)):
-            rest = [None] * (len(subset.scales) - m)
-            step = subset(context, [*latents, *rest], evidence, temperature=0.0)
-            latents.append(_draw(step, m, noise[m]))
-        step = subset(context, latents)
+        Args:
+            index: Number of the subset.
+            context: The context that flows into this layer.
+            targets: What its band is compared with, see :meth:`targets`.
+            later: Later latents of the subset that stay fixed.
+            start: First layer of the subset whose latents move.
+            own_prior: Leave the priors of fixed later latents out.
+            features: Compute what the layer makes of its context once, and not in each step.
+        """
+        subset, condition = self.model.subsets[index], self._condition(index)
+        with torch.no_grad():
+            known = subset.prior_features(start, context, condition) if features else None
+        inputs = SubsetInputs(context, targets, later, known, condition)
+        return SubsetObjective(self.model, self.term.misfit, self.guidance, inputs, index, start, own_prior)
+
+    def targets(self, index: int, bands: Sequence[Tensor | None]) -> list[Tensor]:
+        """What a subset's band is compared with, given the bands of all subsets, ``None`` where not known yet."""
+        with torch.no_grad():
+            return self.term.target(index, bands)
+
+    # The model, subset by subset.
+
+    def subset(
+        self,
+        index: int,
+        context: Tensor,
+        latents: Sequence[Tensor | None],
+        evidence: Evidence | None = None,
+        *,
+        start: int = 0,
+    ) -> SubsetPass:
+        """Run the layers of a subset from ``start`` on, without gradients.
+
+        Args:
+            index: Number of the subset.
+            context: The context that flows into layer ``start``.
+            latents: Its latents from there on; ``None`` stands for the mean of the posterior where there is
+                evidence, else of the prior.
+            evidence: What the posteriors see.
+            start: First layer that runs.
+        """
+        with torch.no_grad():
+            step: SubsetPass = self.model.subsets[index](
+                context, latents, evidence, self._condition(index), start=start, temperature=0.0
+            )
+        if not start:
+            self._latest[index] = step
         return step
 
-    def recentre(self, index: int, m: int, context: Tensor, entered: SubsetPass, evidence: Evidence | None) -> Tensor:
-        """Where one latent of a subset starts, under the context that flows into its layer now."""
-        if self.given is not None or m == 0:
-            return entered.latents[m]
-        subset, noise = self.model.subsets[index], self.noise[index]
-        step: SubsetPass = subset(context, [None] * (len(subset.scales) - m), evidence, start=m, temperature=0.0)
-        return step.latents[0] if noise is None else _draw(step, 0, noise[m])
+    def evidence(self, index: int, coarser: Sequence[Tensor | None]) -> Evidence | None:
+        """What the posteriors of a subset see, given the coarser bands; ``None`` unless inference began from them."""
+        if self.init != "posterior":
+            return None
+        with torch.no_grad():
+            known = [band for band in coarser if band is not None]
+            return self.model.decoder.evidence(index, self.seen, known, self._condition(index))
 
-    def completion(self, index: int, m: int, z: Tensor, context: Tensor, evidence: Evidence | None) -> list[Tensor]:
-        """The later latents of a subset while latent ``m`` moves: means under ``z``, or as they were given."""
-        if self.given is not None:
-            return self.start[index].latents[m + 1 :]
-        subset = self.model.subsets[index]
-        step: SubsetPass = subset(
-            context, [z, *[None] * (len(subset.scales) - m - 1)], evidence, start=m, temperature=0.0
-        )
-        return step.latents[1:]
+    def _condition(self, index: int) -> SubsetCondition | None:
+        return None if self.conditions is None else self.conditions[index]
+
+    def restart(
+        self,
+        index: int,
+        context: Tensor,
+        evidence: Evidence | None,
+        *,
+        start: int = 0,
+        drawn: int | None = None,
+    ) -> list[Tensor]:
+        """Where the latents of a subset start from layer ``start`` on, under the context that flows into it now.
+
+        Given latents start as they are, others from their means under this context. Where inference began from a
+        draw, the first ``drawn`` (``None``: all) lie as many standard deviations off as they did then.
+        """
+        first, noise = self.start[index], self._noise[index]
+        if not isinstance(self.init, str) or (noise is None and context is first.contexts[start]):
+            return first.latents[start:]
+        count, latents = len(first.latents) - start, list[Tensor]()
+        for m in range(count if drawn is None else drawn):
+            step = self.subset(index, context, [*latents, *[None] * (count - m)], evidence, start=start)
+            if noise is None:
+                return step.latents
+            latents.append(_draw(step, m, noise[start + m]))
+        if len(latents) == count:
+            return latents
+        rest = [None] * (count - len(latents))
+        return self.subset(index, context, [*latents, *rest], evidence, start=start).latents
+
+    def passes(self, latents: Sequence[Tensor]) -> list[SubsetPass]:
+        """A pass through latents, one tensor for each layer; subsets that last ran with these are not run again."""
+        passes, context, first = list[SubsetPass](), self.context, 0
+        for index, latest in enumerate(self._latest):
+            last = first + len(self.start[index].latents)
+            here = latents[first:last]
+            same = latest.contexts[0] is context and all(map(operator.is_, latest.latents, here))
+            passes.append(latest if same else self.subset(index, context, here))
+            context, first = passes[-1].context, last
+        return passes
 
 
 def _distribution(step: SubsetPass, m: int) -> tuple[Tensor, Tensor]:
@@ -161,8 +224,6 @@ def _draw(step: SubsetPass, m: int, noise: Tensor) -> Tensor:
     return mean + sigma * noise
 
 
-def _noise(step: SubsetPass, sample: bool) -> list[Tensor] | None:
-    if not sample:
-        return None
+def _noise(step: SubsetPass) -> list[Tensor]:
     parts = [_distribution(step, m) for m in range(len(step.latents))]
     return [(z - mean) / sigma for z, (mean, sigma) in zip(step.latents, parts, strict=True)]

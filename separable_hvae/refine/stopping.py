@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from separable_hvae.refine.problem import rows
+from separable_hvae.functional import per_sample
 
 _PATIENCE = 3
 
@@ -39,4 +39,4 @@ class Stopping:
             self._idle = torch.where(fell, 0, self._idle + 1)
             self._best = torch.minimum(self._best, objective)
         self.moving = self.moving & (self._idle < _PATIENCE)
-        return [torch.where(rows(self.moving, new), new, old) for old, new in zip(before, after, strict=True)]
+        return [torch.where(per_sample(self.moving, new), new, old) for old, new in zip(before, after, strict=True)]

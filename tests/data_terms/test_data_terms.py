@@ -209,7 +209,7 @@ def test_known_coefficients_are_compared_and_the_rest_is_ignored() -> None:
     assert [scale for scale, _ in parts] == [2, 8]
     torch.testing.assert_close([d for _, d in parts], [kept, part])
     for i, wanted in enumerate([torch.zeros(2).double(), kept, torch.zeros(2).double(), part]):
-        torch.testing.assert_close(bound.misfit.local(i, found[i], bound.aim(i, [None] * 4)), wanted)
+        torch.testing.assert_close(bound.misfit.local(i, found[i], bound.target(i, [None] * 4)), wanted)
 
 
 def test_known_bands_of_another_kind_are_another_misfit() -> None:
@@ -321,14 +321,14 @@ def test_a_subset_sees_what_the_others_leave(decomp: Decomposition) -> None:
     bound = term.bind(model, model.observe(term.guess(model)))
     ((_, whole),) = bound.misfit.total(bands, bound.data)
     for i, band in enumerate(bands):
-        torch.testing.assert_close(bound.misfit.local(i, band, bound.aim(i, bands)), whole)
+        torch.testing.assert_close(bound.misfit.local(i, band, bound.target(i, bands)), whole)
 
 
 def test_unknown_bands_widen_the_variance() -> None:
     model, term, a = measured(FFT1Real(8), sigma=0.0)
     bands = random_bands(model.decomp)
     bound = term.bind(model, model.observe(term.guess(model)))
-    others, y, spread = bound.aim(1, [bands[0], None, None, None])
+    others, y, spread = bound.target(1, [bands[0], None, None, None])
     means = [subset.centre.expand_as(h) for subset, h in zip(model.subsets, bands, strict=True)]
     filled = [bands[0], torch.zeros_like(bands[1]), *means[2:]]
     torch.testing.assert_close(others, model.decomp.synthesis(filled))
@@ -578,7 +578,7 @@ def test_the_unit_of_bands_changes_nothing(loss: LossName) -> None:
     torch.testing.assert_close(white(loud, x[:3]), white(plain, x[:3]), rtol=0.3, atol=0)
     (target,), (band,) = plain.decomp.analysis(x[:3]), [torch.randn(3, 2, 8, dtype=torch.float64)]
     terms = [Signal(x[:3], loss).bind(model, model.observe(x[:3])) for model in (loud, plain)]
-    local = [term.misfit.local(0, f * band, term.aim(0, [])) for term, f in zip(terms, (10, 1), strict=True)]
+    local = [term.misfit.local(0, f * band, term.target(0, [])) for term, f in zip(terms, (10, 1), strict=True)]
     total = [term.misfit.total([f * band], term.data)[0][1] for term, f in zip(terms, (10, 1), strict=True)]
     for found in (*local, *total):
         torch.testing.assert_close(found, Distance(loss)(band, target, plain.sigma.square()))
@@ -604,4 +604,4 @@ def test_measurements_are_compared_without_reading_numbers() -> None:
         bound = term.bind(model, seen)
         for index, band in enumerate(bands := model.decomp.analysis(x)):
             known = [*bands[:index], *[None] * (len(bands) - index)]
-            bound.misfit.local(index, band, bound.aims(index, known, bound.data))
+            bound.misfit.local(index, band, bound.targets(index, known, bound.data))

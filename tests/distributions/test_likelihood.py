@@ -274,14 +274,14 @@ def test_the_last_band_sees_the_exact_density() -> None:
     bound = Signal(x).bind(model, model.observe(x))
     bands = [torch.randn(3, *shape, dtype=torch.float64) for shape in model.decomp.band_shapes.values()]
     last = len(bands) - 1
-    local = bound.misfit.local(last, bands[last], bound.aim(last, bands))
+    local = bound.misfit.local(last, bands[last], bound.target(last, bands))
     exact = model.likelihood.nll(Prediction(bands, model.decomp.synthesis(bands)), x)
     torch.testing.assert_close(local, exact)
     ((scale, total),) = bound.misfit.total(bands, bound.data)
     assert scale == 8
     torch.testing.assert_close(total, exact)
     for i, (band, target) in enumerate(zip(bands[:last], model.decomp.analysis(x), strict=False)):
-        found = bound.misfit.local(i, band, bound.aim(i, bands))
+        found = bound.misfit.local(i, band, bound.target(i, bands))
         wanted = Normal(target, float(model.sigma.detach())).log_prob(target) - Normal(
             target, float(model.sigma.detach())
         ).log_prob(band)
@@ -349,7 +349,7 @@ ABSTRACT: Any = Likelihood
         (
             lambda: HVAE(FFT2Complex(8), likelihood=DiscretizedLikelihood()),
             ValueError,
-            "DiscretizedLikelihood is for real signals, FFT2Complex has complex ones",
+            "DiscretizedLikelihood is for real signals, got a decomposition of complex ones",
         ),
         (ABSTRACT, TypeError, "abstract"),
     ],

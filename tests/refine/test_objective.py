@@ -16,7 +16,7 @@ from separable_hvae.distributions.energies import gaussian_energy
 from separable_hvae.functional import pack
 from separable_hvae.nn.subset import SubsetPass
 from separable_hvae.refine.by_scale import ByScale, by_scale
-from separable_hvae.refine.objective import Objective, Terms
+from separable_hvae.refine.objective import FullInputs, FullObjective, ObjectiveValue, SubsetInputs, SubsetObjective
 from tests.helpers.linear_gaussian import ClosedForm, flat, linear_gaussian
 from tests.helpers.models import tiny
 from tests.helpers.zoo import OWN, SMALL, Make, signal
@@ -38,15 +38,18 @@ class Known:
     def __init__(self, model: HVAE, x: Tensor, loss: Loss = "l2", guidance: ByScale = 1.0) -> None:
         with torch.no_grad():
             self.term: BoundTerm = Signal(x, loss).bind(model, model.observe(x))
-        self.objective = Objective(
-            model, self.term.misfit, tuple(by_scale("guidance", guidance, model.scales).values())
-        )
+        self.model, self.guidance = model, by_scale("guidance", guidance, model.scales)
 
-    def total(self, passes: list[SubsetPass]) -> Terms:
-        return self.objective.total(passes, self.term.data)
+    def total(self, passes: list[SubsetPass]) -> ObjectiveValue:
+        objective = FullObjective(self.model, self.term.misfit, self.guidance, FullInputs(self.term.data))
+        value = objective([z for step in passes for z in step.latents])
+        for one, other in zip(value[:2], objective.of_passes(passes)[:2], strict=True):
+            torch.testing.assert_close(one, other)
+        return value
 
-    def subset(self, index: int, step: SubsetPass, target: Tensor) -> Terms:
-        return self.objective.subset(index, step, [target, self.term.data[-1]])
+    def subset(self, index: int, step: SubsetPass, target: Tensor) -> ObjectiveValue:
+        inputs = SubsetInputs(step.contexts[0], [target, self.term.data[-1]])
+        return SubsetObjective(self.model, self.term.misfit, self.guidance, inputs, index)(step.latents)
 
 
 def negative_log_ratio(loss: str, h_hat: Tensor, h: Tensor) -> Tensor:
@@ -135,10 +138,10 @@ def test_frames_aim_at_what_coarser_bands_leave() -> None:
     for i, scale in enumerate(model.scales):
         residual = x - model.decomp.synthesis(bands[:i]) if i else x
         # Whatever is known of this band and of finer ones does not matter.
-        target, _ = known.term.aim(i, [*bands[:i], *[None] * (len(bands) - i)])
+        target, _ = known.term.target(i, [*bands[:i], *[None] * (len(bands) - i)])
         band = model.decomp.analysis(residual)[i]
         torch.testing.assert_close(target, pack(model.decomp.synthesis([*[None] * i, band])))
-        torch.testing.assert_close(known.term.aim(i, bands)[0], target)
+        torch.testing.assert_close(known.term.target(i, bands)[0], target)
         assert known.subset(i, passes[i], target).data.shape == (2,)
         assert model.decomp.band_index(scale) == i
 
@@ -164,7 +167,7 @@ def test_errors_are_summed_over_elements() -> None:
     h_hat, h = torch.tensor([[[1.0, -2.0], [0.0, 4.0]], [[0.0, 0.0], [0.0, 1.0]]]), torch.zeros(2, 2, 2)
     torch.testing.assert_close(gaussian_energy(h_hat - h), torch.tensor([10.5, 0.5]))
     torch.testing.assert_close(absolute_error(h_hat, h), torch.tensor([7.0, 1.0]))
-    torch.testing.assert_close(Terms(torch.ones(2), h[:, 0, 0] + 2).objective, torch.full((2,), 3.0))
+    torch.testing.assert_close(ObjectiveValue(torch.ones(2), h[:, 0, 0] + 2).objective, torch.full((2,), 3.0))
 
 
 @pytest.mark.parametrize(

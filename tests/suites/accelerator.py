@@ -8,7 +8,7 @@ nothing between devices. What that gives is shown by tests on a real device.
 """
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -23,7 +23,9 @@ from typing_extensions import override
 from separable_hvae import HVAE, KnownBands, MAPRefiner, Measurement
 from separable_hvae.data_terms.base import DataTerm
 from separable_hvae.decompositions import wavelet
-from separable_hvae.refine import Eager, Parallel
+from separable_hvae.refine import Eager
+from separable_hvae.refine.execution.base import Infer, T
+from separable_hvae.refine.execution.fingerprint import fingerprint
 from tests.helpers.models import tiny
 from tests.helpers.zoo import SMALL
 
@@ -77,17 +79,18 @@ class Recorded(Eager):
         self.values_, self.count = values, 0
 
     @override
-    def inference(
-        self, key: Hashable, model: HVAE, infer: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor]
-    ) -> Any:
-        hash(key)
-        assert all(isinstance(t, Tensor) for t in tensors)
-        infer(tensors)
-        self.values_.recording, self.count = True, self.count + 1
-        try:
-            return infer(tensors)
-        finally:
-            self.values_.recording = False
+    def inference(self, infer: Infer[T], model: HVAE, settings: Callable[[], object]) -> Infer[T]:
+        hash(fingerprint(settings()))
+
+        def strictly(inputs: Any) -> T:
+            infer(inputs)
+            self.values_.recording, self.count = True, self.count + 1
+            try:
+                return infer(inputs)
+            finally:
+                self.values_.recording = False
+
+        return strictly
 
 
 def moved(model: HVAE) -> HVAE:
@@ -141,7 +144,7 @@ def main() -> None:
             for schedule, rule in (
                 ("latent", "gd"),
                 ("scale", "adam"),
-                (Parallel(recentre=1), "adam"),
+                ("parallel", "adam"),
                 ("joint", "gauss-newton"),
             ):
                 refiner = MAPRefiner(2, schedule=schedule, rule=rule, execution=recorded)

@@ -1,4 +1,4 @@
-"""Compiled pieces: each traced with its gradient, and compiled by TorchInductor.
+"""Compiled objectives: each traced with its gradient, and compiled by TorchInductor.
 
 They are kept by what they compute and by the shapes of their tensors, the 256 that were used last.
 Nothing is compiled unless it is asked for.
@@ -8,7 +8,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,29 +18,38 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from separable_hvae._float32 import full_precision
-from separable_hvae.refine.execution.base import Gradient, Threaded, precision, signature
+from separable_hvae.refine.execution.base import (
+    Gradient,
+    Point,
+    Threaded,
+    numerics_key,
+    objective_keys,
+    signature,
+    split,
+)
 from separable_hvae.refine.execution.cache import LRUCache, WeightGuard, plain
-from separable_hvae.refine.pieces import Call, Outcome
+from separable_hvae.refine.objective import Objective, ObjectiveValue, value_and_gradient
 
+Method = Callable[[Objective, Sequence[Tensor]], Any]
 _MOST = 256
 
 
 class Compiled(Threaded):
-    """Compile each piece, its gradient included, on first use: minutes for deep models, then less time a step.
+    """Compile each objective, its gradient included, on first use: minutes for deep models, then less time a step.
 
     Pays most for small layers and small batches, where launching operations costs more than they do.
     A loss or operator of your own must not depend on tensors' values by Python's ``if``, nor on globals that
-    change. Where what it closes over or its object holds has changed, pieces are compiled anew: tensors that
+    change. Where what it closes over or its object holds has changed, objectives are compiled anew: tensors that
     differ from call to call belong into ``given``.
 
     Args:
-        threads: Threads that share the pieces of a step on a CPU, see :class:`Eager`. Compiled pieces do not
+        threads: Threads that share the objectives of a step on a CPU, see :class:`Eager`. Compiled ones do not
             wait for Python, so they gain more.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         super().__init__(threads)
-        self._compiled = LRUCache[_CompiledCall](_MOST)
+        self._compiled = LRUCache[_CompiledCode](_MOST)
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
@@ -47,34 +57,46 @@ class Compiled(Threaded):
         return type(self), (self.threads,)
 
     @override
-    def gradients(self, calls: Sequence[Call]) -> list[Gradient]:
-        workers = self._workers(calls)
-        ready = [self._ready("gradient", call, 1 if workers > 1 else torch.get_num_threads()) for call in calls]
+    def gradients(self, points: Sequence[Point]) -> list[Gradient]:
+        workers = self._workers(points)
+        ready = self._ready(value_and_gradient, points, 1 if workers > 1 else torch.get_num_threads())
         return self._map(lambda pair: cast(Gradient, pair[0](pair[1])), ready, workers)
 
     @override
-    def values(self, calls: Sequence[Call]) -> list[Outcome]:
-        ready = [self._ready("value", call, torch.get_num_threads()) for call in calls]
-        return [cast(Outcome, code(call)) for code, call in ready]
+    def values(self, points: Sequence[Point]) -> list[ObjectiveValue]:
+        ready = self._ready(_value, points, torch.get_num_threads())
+        return [cast(ObjectiveValue, code(tensors)) for code, tensors in ready]
 
-    def _ready(self, method: str, call: Call, threads: int) -> "tuple[_CompiledCall, Call]":
-        """The compiled code of a call, and the call with tensors as the code takes them."""
-        call = call._replace(moving=[z.contiguous() for z in call.moving], held=[_dense(t) for t in call.held])
-        tensors = [*call.moving, *call.held]
-        layouts = tuple(tuple(step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1) for t in tensors)
-        key = (method, call.piece, len(call.moving), signature(tensors), layouts, precision(), threads)
-        code = self._compiled.take(key, lambda code: code.weights.fit(), lambda: _compile(method, call, threads))
-        return code, call
+    def _ready(
+        self, method: Method, points: Sequence[Point], threads: int
+    ) -> "list[tuple[_CompiledCode, list[Tensor]]]":
+        """The compiled code of each objective, with tensors as the code takes them."""
+        ready = []
+        for point, own in zip(points, objective_keys(points), strict=True):
+            objective, latents = point
+            tensors, _ = split((latents, objective.inputs))
+            count = len(latents)
+            tensors = [*(z.contiguous() for z in tensors[:count]), *map(_dense, tensors[count:])]
+            layouts = tuple(tuple(step for step, n in zip(t.stride(), t.shape, strict=True) if n > 1) for t in tensors)
+            key = (method, own, signature(tensors), layouts, numerics_key(), threads)
+            make = partial(_compile, method, point, tensors, threads)
+            ready.append((self._compiled.take(key, lambda code: code.weights.fit(), make), tensors))
+        return ready
+
+
+def _value(objective: Objective, latents: Sequence[Tensor]) -> ObjectiveValue:
+    with torch.no_grad():
+        return objective(latents)
 
 
 @dataclass(frozen=True)
-class _CompiledCall:
+class _CompiledCode:
     """Compiled code with what it reads.
 
     Attributes:
         code: Maps tensors to the leaves of the result.
         weights: Those of the model's tensors that the code reads.
-        rest: Numbers of the call's tensors that the code reads.
+        rest: Numbers of the other tensors that the code reads.
         structure: Puts the leaves together.
     """
 
@@ -83,39 +105,38 @@ class _CompiledCall:
     rest: list[int]
     structure: Any
 
-    def __call__(self, call: Call) -> Any:
-        given = [*call.moving, *call.held]
-        with torch.no_grad(), full_precision(given[0].device):
-            leaves = self.code(*self.weights.plain, *[plain(given[i].detach()) for i in self.rest])
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        with torch.no_grad(), full_precision(tensors[0].device):
+            leaves = self.code(*self.weights.plain, *[plain(tensors[i].detach()) for i in self.rest])
         return pytree.tree_unflatten(list(leaves), self.structure)
 
 
-def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
-    """Trace a call to a graph of tensors in, tensors out, weights among the inputs, and compile it for some threads."""
+def _compile(method: Method, point: Point, given: Sequence[Tensor], threads: int) -> _CompiledCode:
+    """Trace an objective to a graph of tensors in and out, weights among them, and compile it for some threads."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    model = _Holder(call.piece.objective.model)
+    objective, latents = point
+    _, filled = split((latents, objective.inputs))
+    model = _Holder(objective.model)
     weights = WeightGuard(model)
     names = weights.names
     structure: list[Any] = []
-    count = len(call.moving)
 
     def pure(*tensors: Tensor) -> list[Tensor]:
-        given = dict(zip(names, tensors[: len(names)], strict=True))
-        rest = tensors[len(names) :]
-        again = call._replace(moving=list(rest[:count]), held=list(rest[count:]))
-        result = torch.func.functional_call(model, given, (getattr(again, method),))
-        leaves, spec = pytree.tree_flatten(result)
+        read = dict(zip(names, tensors[: len(names)], strict=True))
+        moving, inputs = filled(tensors[len(names) :])
+        again = partial(method, replace(objective, inputs=inputs), moving)
+        leaves, spec = pytree.tree_flatten(torch.func.functional_call(model, read, (again,)))
         structure[:] = [spec]
         return leaves
 
-    inputs = weights.plain + [plain(t.detach()) for t in [*call.moving, *call.held]]
+    inputs = weights.plain + [plain(t.detach()) for t in given]
     with torch.no_grad():
         try:
             graph = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         except Exception as error:
             raise RuntimeError(
-                f"{type(call.piece).__name__} cannot be traced, so it cannot be compiled; "
+                f"{type(objective).__name__} cannot be traced, so it cannot be compiled; "
                 "execution='eager' runs it as it is"
             ) from error
         used = _drop_unused(graph)
@@ -134,7 +155,7 @@ def _compile(method: str, call: Call, threads: int) -> _CompiledCall:
             compiled = inductor(graph, [inputs[i] for i in used], options)
 
     read = WeightGuard(model, [names[i] for i in used if i < len(names)])
-    return _CompiledCall(compiled, read, [i - len(names) for i in used if i >= len(names)], structure[0])
+    return _CompiledCode(compiled, read, [i - len(names) for i in used if i >= len(names)], structure[0])
 
 
 class _Holder(nn.Module):

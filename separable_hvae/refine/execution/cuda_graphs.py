@@ -1,12 +1,13 @@
 """CUDA graphs: work that is recorded once and replayed, so that no time is lost on launching operations.
 
 A recording has memory of its own for what goes in and comes out, serves every later batch of the same
-shapes, and runs pieces that do not wait for one another on streams of their own.
+shapes, and runs objectives that do not wait for one another on streams of their own.
 """
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import RLock, local
 from typing import Any, Literal, cast
 
@@ -17,10 +18,23 @@ from typing_extensions import override
 
 from separable_hvae._validation import check_flag
 from separable_hvae.model.hvae import HVAE
-from separable_hvae.refine.execution.base import Eager, Execution, Function, Gradient, precision, signature
+from separable_hvae.refine.execution.base import (
+    Eager,
+    Execution,
+    Function,
+    Gradient,
+    Infer,
+    Point,
+    T,
+    numerics_key,
+    objective_keys,
+    signature,
+    split,
+)
 from separable_hvae.refine.execution.cache import LRUCache, WeightGuard
 from separable_hvae.refine.execution.compiled import Compiled
-from separable_hvae.refine.pieces import Call, Outcome
+from separable_hvae.refine.execution.fingerprint import fingerprint
+from separable_hvae.refine.objective import ObjectiveValue
 
 Method = Literal["gradients", "values"]
 _WARM_UPS = 2
@@ -32,14 +46,14 @@ class CudaGraphs(Execution):
 
     Everything from the encoder's activations to the decoded latents, all steps included, is one graph where
     nothing has to look at values on the way. Where something has to (a callback, a tolerance, a budget, a drawn
-    start, a :class:`Measurement`), the pieces of a step are one graph, replayed for each step.
+    start, a :class:`Measurement`), the objectives of a step are one graph, replayed for each step.
 
     The 16 recordings that were used last are kept. They share memory, so that threads take turns.
 
     Args:
         whole: Whether to record whole inferences; ``False`` records steps alone, which rules and schedules
             of your own need if they look at values.
-        compiled: Whether the pieces of steps are compiled before they are recorded, see :class:`Compiled`:
+        compiled: Whether the objectives of steps are compiled before they are recorded, see :class:`Compiled`:
             minutes on first use, then fewer and longer kernels.
 
     Raises:
@@ -51,7 +65,7 @@ class CudaGraphs(Execution):
         check_flag("whole", whole)
         check_flag("compiled", compiled)
         self.whole, self.compiled = whole, compiled
-        self._pieces = Compiled() if compiled else Eager(threads=1)
+        self._objectives = Compiled() if compiled else Eager(threads=1)
         self._recorded = LRUCache[Recording](_MOST)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._last: dict[torch.device, torch.cuda.Stream] = {}
@@ -63,34 +77,42 @@ class CudaGraphs(Execution):
         return type(self), (self.whole, self.compiled)
 
     @override
-    def gradients(self, calls: Sequence[Call]) -> list[Gradient]:
-        return cast(list[Gradient], self._step("gradients", calls))
+    def gradients(self, points: Sequence[Point]) -> list[Gradient]:
+        return cast(list[Gradient], self._step("gradients", points))
 
     @override
-    def values(self, calls: Sequence[Call]) -> list[Outcome]:
-        return cast(list[Outcome], self._step("values", calls))
+    def values(self, points: Sequence[Point]) -> list[ObjectiveValue]:
+        return cast(list[ObjectiveValue], self._step("values", points))
 
     @override
-    def inference(self, key: Hashable, model: HVAE, infer: Function, tensors: Sequence[Tensor]) -> Any:
-        return self._replay(("inference", key), model, infer, tensors) if self.whole else infer(tensors)
+    def inference(self, infer: Infer[T], model: HVAE, settings: Callable[[], object]) -> Infer[T]:
+        if not self.whole:
+            return infer
+        key = "inference", fingerprint(settings(), same=(model, model.decomp, model.likelihood))
 
-    def _step(self, method: Method, calls: Sequence[Call]) -> Any:
+        def replayed(inputs: Any) -> Any:
+            tensors, filled = split(inputs)
+            return self._replay(key, model, lambda tensors: infer(filled(tensors)), tensors)
+
+        return replayed
+
+    def _step(self, method: Method, points: Sequence[Point]) -> Any:
         if self._here.recording:
-            return self._on_streams(method, calls)
-        pieces = tuple((call.piece, len(call.moving)) for call in calls)
-        tensors, structure = pytree.tree_flatten([(call.moving, call.held) for call in calls])
+            return self._on_streams(method, points)
+        objectives = [objective for objective, _ in points]
+        tensors, filled = split([(objective.inputs, latents) for objective, latents in points])
 
         def step(tensors: Sequence[Tensor]) -> Any:
-            parts = zip(calls, pytree.tree_unflatten(list(tensors), structure), strict=True)
-            return self._on_streams(method, [call._replace(moving=m, held=h) for call, (m, h) in parts])
+            parts = zip(objectives, filled(tensors), strict=True)
+            return self._on_streams(method, [(replace(o, inputs=inputs), latents) for o, (inputs, latents) in parts])
 
-        return self._replay((method, pieces), calls[0].piece.objective.model, step, tensors)
+        return self._replay((method, tuple(objective_keys(points))), objectives[0].model, step, tensors)
 
     def _replay(self, key: Hashable, model: HVAE, function: Function, tensors: Sequence[Tensor]) -> Any:
         device = tensors[0].device
         if not _is_cuda(device):
             raise ValueError(f"CUDA graphs need a model on a CUDA device, got {device}")
-        key = (key, model, signature(tensors), precision())
+        key = (key, model, signature(tensors), numerics_key())
         with self._turn, torch.cuda.device(device):
             current = torch.cuda.current_stream()
             current.wait_stream(self._last.get(device, current))
@@ -108,18 +130,18 @@ class CudaGraphs(Execution):
         beside = next((r for r in self._recorded.values() if r.inputs[0].device == device), None)
         return Recording(self._plain(function), tensors, WeightGuard(model), self._streams[device], beside)
 
-    def _on_streams(self, method: Method, calls: Sequence[Call]) -> list[Any]:
-        """Run pieces at the same time, each on a stream of its own between a fork and a join."""
+    def _on_streams(self, method: Method, points: Sequence[Point]) -> list[Any]:
+        """Evaluate objectives at the same time, each on a stream of its own between a fork and a join."""
         main = torch.cuda.current_stream()
         # Urgent streams are none of those that graphs are recorded on.
-        streams = [torch.cuda.Stream(priority=-1) for _ in calls] if len(calls) > 1 else [main]
+        streams = [torch.cuda.Stream(priority=-1) for _ in points] if len(points) > 1 else [main]
         # All of them fork before any joins: one that forked later would wait for those that had joined.
         for stream in streams:
             stream.wait_stream(main)
         results: list[Any] = []
-        for call, stream in zip(calls, streams, strict=True):
+        for point, stream in zip(points, streams, strict=True):
             with torch.cuda.stream(stream):
-                results += getattr(self._pieces, method)([call])
+                results += getattr(self._objectives, method)([point])
         for stream in streams:
             main.wait_stream(stream)
         return results
@@ -180,7 +202,7 @@ class Recording:
             except RuntimeError as error:
                 raise RuntimeError(
                     "what is to be recorded looks at tensors' values, or moves them between devices: "
-                    "execution='eager' runs it, CudaGraphs(whole=False) records the pieces of its steps alone"
+                    "execution='eager' runs it, CudaGraphs(whole=False) records the objectives of its steps alone"
                 ) from error
         torch.cuda.current_stream().wait_stream(stream)
         self.outputs, self.structure = pytree.tree_flatten(results)

@@ -224,7 +224,7 @@ def test_what_looks_at_values_cannot_be_compiled() -> None:
 
     model = tiny(Identity((4,), channels=1))
     x = signal(model.decomp, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match=r"OneSubset cannot be traced.*execution='eager' runs it"):
+    with pytest.raises(RuntimeError, match=r"SubsetObjective cannot be traced.*execution='eager' runs it"):
         MAPRefiner(1, loss=two_faced, execution="compiled")(model, x)
 
 
@@ -464,11 +464,11 @@ def test_refiners_travel_without_what_was_compiled_or_recorded(
 
 @dataclass(frozen=True)
 class Squares(Misfit):
-    """Squared error of bands where something is aimed at; of all of them together, nothing."""
+    """Squared error of bands where there is a target; of all of them together, nothing."""
 
     @override
-    def local(self, index: int, band: Tensor, aim: Sequence[Tensor]) -> Tensor:
-        return (band - aim[0]).square().flatten(1).sum(1)
+    def local(self, index: int, band: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        return (band - targets[0]).square().flatten(1).sum(1)
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
@@ -476,7 +476,7 @@ class Squares(Misfit):
 
 
 class Nearby(DataTerm):
-    """A user's data term, which brings a tensor of the batch along in its aims, and has no other data."""
+    """A user's data term, which brings a tensor of the batch along in its targets, and has no other data."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -499,7 +499,7 @@ class Nearby(DataTerm):
 
 
 @pytest.mark.parametrize("schedule", ["scale", "joint"])
-def test_aims_with_tensors_of_their_own_are_not_recorded(schedule: str, recordings: list[Recording]) -> None:
+def test_targets_with_tensors_of_their_own_are_not_recorded(schedule: str, recordings: list[Recording]) -> None:
     model = few()
     refiner = MAPRefiner(2, schedule=schedule, execution=CudaGraphs())
     for x in (signal(model.decomp, 3), 2 * signal(model.decomp, 3)):

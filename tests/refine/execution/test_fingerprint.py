@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._fingerprint import fingerprint
+from separable_hvae.refine.execution.fingerprint import fingerprint
 
 
 @dataclass(slots=True)

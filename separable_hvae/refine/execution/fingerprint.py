@@ -5,7 +5,7 @@ What was compiled or recorded is of no use once a tensor in reach was exchanged 
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
@@ -40,12 +40,16 @@ class _Same:
         return hash((id(self.thing), self.version))
 
 
-def fingerprint(thing: object) -> Fingerprint:
+def fingerprint(thing: object, same: Sequence[object] = ()) -> Fingerprint:
     """All that is within reach of a callable or another object as it is now: with equal keys, it does the same.
 
     Numbers and strings count by value, objects by their class and attributes, functions by their code and what
     they close over, tensors by being the same, unwritten since. Not looked into are globals, classes, containers
     of more than 1,000 things, and whatever shows no attributes: these count by being the same.
+
+    Args:
+        thing: The object.
+        same: Objects that count by being the same, too.
     """
     found: list[Hashable] = []
     seen: dict[int, tuple[int, object]] = {}  # With the things: what is freed leaves its address to others.
@@ -58,7 +62,7 @@ def fingerprint(thing: object) -> Fingerprint:
             found.append(seen[id(thing)][0])
         else:
             seen[id(thing)] = len(seen), thing
-            mark, parts = _opened(thing)
+            mark, parts = (_Same.now(thing), ()) if any(thing is other for other in same) else _opened(thing)
             found.append((type(thing), mark, len(parts)))
             left.extend(reversed(parts))
     return tuple(found)
@@ -87,4 +91,4 @@ def _opened(thing: Any) -> tuple[Hashable, Sequence[Any]]:
         return thing.__code__, (thing.__closure__, thing.__defaults__, thing.__kwdefaults__, attributes)
     if isinstance(thing, partial):
         return None, (thing.func, thing.args, thing.keywords, attributes)
-    return (_Same.now(thing), ()) if attributes is None else (None, (attributes,))
+    return (_Same.now(thing), ()) if attributes is None and not is_dataclass(thing) else (None, (attributes,))
