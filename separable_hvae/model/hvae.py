@@ -34,9 +34,10 @@ from separable_hvae._validation import (
 )
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import check_finite, pack, widen
+from separable_hvae.model.batches import Batch
 from separable_hvae.model.latents import complete, require_all
 from separable_hvae.model.result import Result
-from separable_hvae.model.standardization import BandMoments, moments_of, units, warn_of_sigma
+from separable_hvae.model.standardization import AT_MOST, BandMoments, moments_of, units, warn_of_sigma
 from separable_hvae.nn.encoder import Encoder
 from separable_hvae.nn.heads import HEADS, ScaleHead
 from separable_hvae.nn.subset import Evidence, Subset, SubsetPass
@@ -439,8 +440,13 @@ class HVAE(Pretrained, nn.Module):
         return self.result(passes, self._signal_dtype(passes[0].band.dtype)).reconstruction
 
     @torch.no_grad()
-    def calibrate(self, data: Tensor | Iterable[Tensor]) -> None:
+    def calibrate(self, data: Batch | Iterable[Any], *, at_most: int = AT_MOST) -> None:
         """Standardise bands by their mean and deviation over ``data``, signals or batches of them.
+
+        Args:
+            data: Signals ``(N, C, *size)``, a list of batches, or any iterable of batches, such as a ``DataLoader``
+                or a generator without end. Conditions that come with them, in pairs, are left out.
+            at_most: Signals after which an iterable is not read on; tensors and lists are read whole.
 
         Warns if ``sigma`` is so far above the data's own deviation that there is nothing to learn, or so far
         below it that nothing but the error counts.
@@ -449,7 +455,8 @@ class HVAE(Pretrained, nn.Module):
             ValueError: If the model was built under ``torch.inference_mode``.
         """
         self.require_autograd()
-        moments = moments_of(data, self.decomp, self.device)
+        at_most = check_integer("at_most", at_most, 1)
+        moments = moments_of(data, self.decomp, self.device, at_most)
         self._standardise(moments)
         self.calibrated.fill_(_WARM_UP_BATCHES)
         is_learned = isinstance(self.log_sigma, nn.Parameter)
@@ -458,8 +465,8 @@ class HVAE(Pretrained, nn.Module):
     @torch.no_grad()
     def _observe_bands(self, seen: Observation) -> None:
         """Until calibrated, follow the bands' moments over the first training batches."""
-        if (batches := int(self.calibrated)) >= _WARM_UP_BATCHES:
-            return
+        if (batches := int(self.calibrated)) >= _WARM_UP_BATCHES or torch._C._current_graph_task_id() != -1:
+            return  # In a backward pass, gradient checkpointing runs a batch that has been counted again.
         with full_precision(seen.x.device):
             bands = seen.targets if seen.targets is not None else self.decomp.checked_analysis(seen.x)
         moments = [BandMoments.of(part) for part in (*bands, pack(seen.x))]

@@ -14,16 +14,20 @@ which they have to pay for with their KL. Where it is a few nats for a whole sig
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from separable_hvae._float32 import full_precision
-from separable_hvae._validation import came
 from separable_hvae.decompositions.base import Decomposition
-from separable_hvae.functional import check_finite, finest, pack
+from separable_hvae.functional import finest, pack
+from separable_hvae.model.batches import Batch, checked_batches
+
+AT_MOST = 4096
+"""Signals that are read of data that may have no end."""
 
 _FAR_ABOVE, _FAR_BELOW = 10.0, 200.0
 _OTHER_UNITS = 10.0
@@ -64,51 +68,24 @@ class BandMoments:
         return math.sqrt(max(self.square - centre, 0.0)) if self.square - centre > 1e-14 * centre else 0.0
 
 
-def batches_of(
-    data: Tensor | Iterable[Tensor],
-    decomp: Decomposition,
-    device: torch.device,
-    batch_size: int = 256,
-    name: str = "data",
-) -> Iterator[Tensor]:
-    """Signals in batches ``(B, C, *size)`` that have been checked.
+def moments_of(
+    data: Batch | Iterable[Any], decomp: Decomposition, device: torch.device, at_most: int = AT_MOST
+) -> list[BandMoments]:
+    """Moments of each band, coarse to fine, and last of the signals as real numbers.
 
     Args:
-        data: Signals ``(N, C, *size)``, or batches of them, which stay as they are.
+        data: Signals or batches of them, with or without conditions, see :func:`checked_batches`.
         decomp: The decomposition.
-        device: Where they go.
-        batch_size: Signals in each batch of a tensor.
-        name: What errors call the data.
-
-    Raises:
-        TypeError: If ``data`` are of another kind.
-        ValueError: If they do not fit the decomposition, are none or not finite.
+        device: Where it computes.
+        at_most: Signals after which no more batches are read of data that may have no end; tensors have one.
     """
-    if isinstance(data, Tensor):
-        data = data.split(batch_size) if data.ndim else [data]
-    try:
-        batches = iter(data)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be a tensor (N, C, *size) or an iterable of such batches, got {came(data)}"
-        ) from None
-    count = 0
-    for batch in batches:
-        x = decomp.check_signal(batch, name).to(device)
-        check_finite(name, x)
-        count += len(x)
-        yield x
-    if not count:
-        raise ValueError(f"{name} must hold at least one signal")
-
-
-def moments_of(data: Tensor | Iterable[Tensor], decomp: Decomposition, device: torch.device) -> list[BandMoments]:
-    """Moments of each band, coarse to fine, and last of the signals as real numbers, see :func:`batches_of`."""
     moments: list[BandMoments] = []
-    for x in batches_of(data, decomp, device):
+    for x, _ in checked_batches(data, decomp, device):
         with full_precision(x.device):
             here = [BandMoments.of(part) for part in (*decomp.checked_analysis(x), pack(x))]
         moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
+        if moments[-1].count >= at_most and not isinstance(data, (Tensor, tuple, list)):
+            break
     return moments
 
 
@@ -162,5 +139,5 @@ def warn_of_other_units(magnitude: float, signals: BandMoments) -> None:
         warnings.warn(
             f"the data's root mean square is {found:.2g}, that of the data which the model was calibrated with "
             f"{magnitude:.2g}: rescale the data to the units of those, or calibrate the model anew",
-            stacklevel=6,
+            stacklevel=7,
         )
