@@ -66,10 +66,10 @@ def train(setup: Setup, source: Path, out: Path, accelerator: Accelerator, **opt
         here = torch.Generator(average.device).manual_seed(0)
         (out / "samples").mkdir(exist_ok=True)
         grid(average.sample(64, generator=here)).save(out / "samples" / f"step-{record['step']:07d}.png")
-        held = {k.removeprefix("heldout_"): v for k, v in record.items()}
+        held = {k.removeprefix("heldout_"): v for k, v in record.items() if k.startswith("heldout_")}
         print(
-            f"step {held['step']}: held out −ELBO {held['loss']:.3f} nats/dim, MSE of the mean {held['mse_mean']:.5f}, "
-            f"{held['active_units']} of {held['units']} units active",
+            f"step {record['step']}: held out −ELBO {held['loss']:.3f} nats/dim, "
+            f"MSE of the mean {held['mse_mean']:.5f}, {held['active_units']} of {held['units']} units active",
             flush=True,
         )
 

@@ -291,7 +291,7 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         ValueError,
         r"scale '4' emits no band; the scales that do are \[2, 4\]",
     ),
-    "numbers to calibrate on": (lambda m: m.calibrate([1, 2]), TypeError, r"data must be a torch\.Tensor, got int"),  # type: ignore[list-item]
+    "numbers to calibrate on": (lambda m: m.calibrate([1, 2]), TypeError, r"data must be a torch\.Tensor, got int"),
     "laws in integers": (
         lambda m: m.decomp.check(dtype=torch.int32),
         TypeError,
@@ -326,9 +326,9 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
         r"given\[0\] must be a tensor of 2 samples, batch first, got ndarray: make it a tensor with torch.from_numpy$",
     ),
     "signals with labels": (
-        lambda m: fit(m, TensorDataset(X, X), steps=1),  # type: ignore[arg-type]
+        lambda m: fit(m, TensorDataset(X, X), steps=1),
         TypeError,
-        r"data must be a dataset of tensors .*, got an item of tuple: keep the signal alone, item\[0\]$",
+        r"data gives pairs .*, but the model takes no condition: keep the signals alone, item\[0\], or build it",
     ),
     "a loss beside a data term": (
         lambda m: MAPRefiner.paper()(m, measured()),
@@ -496,9 +496,9 @@ KINDS: dict[str, tuple[Callable[[HVAE], object], type[Exception], str]] = {
     ),
     # Trained and measured wrongly.
     "text to train on": (
-        lambda m: fit(m, "x", steps=1, progress=False),  # type: ignore[arg-type]
+        lambda m: fit(m, "x", steps=1, progress=False),
         TypeError,
-        r"data must be a dataset of tensors \(C, \*size\), got an item of str",
+        r"data must be a tensor \(N, C, \*size\), .*, or an iterable of batches, got str",
     ),
     "an augmentation that crops": (
         lambda m: fit(m, X, steps=1, augment=lambda x, generator: x[..., 1:], progress=False),

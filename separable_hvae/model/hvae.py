@@ -27,9 +27,10 @@ from separable_hvae.decompositions import Decomposition
 from separable_hvae.distributions import Likelihood, likelihood_of, warn_of_sigma
 from separable_hvae.functional import cast_exactly, check_finite, graph_for, pack, require_autograd, signal_dtype
 from separable_hvae.model import importance
+from separable_hvae.model.batches import Batch
 from separable_hvae.model.latents import decodable, require_all
 from separable_hvae.model.result import Result, gather
-from separable_hvae.model.standardization import Standardization, moments_of
+from separable_hvae.model.standardization import AT_MOST, Standardization, moments_of
 from separable_hvae.nn import Condition, Encoder, Observation, ScaleHead, Subset, SubsetCondition, SubsetPass, TopDown
 from separable_hvae.nn.conditions import built, embedded
 from separable_hvae.nn.decoder import layer_counts
@@ -68,6 +69,7 @@ class HVAE(nn.Module):
         ValueError: If a number is not positive, ``sigma`` is out of range or given beside a likelihood, ``layers``
             has another length than ``scales``, or a name is unknown.
 
+    >>> from separable_hvae import HVAE, Identity
     >>> HVAE(Identity(8, channels=1), layers=1, width=8, bottleneck=4).sample(2).shape
     torch.Size([2, 1, 8, 8])
     """
@@ -154,12 +156,7 @@ class HVAE(nn.Module):
         return self
 
     def observe(self, x: Tensor) -> Observation:
-        """Run the encoder and split signals ``(B, C, *size)`` into target bands.
-
-        Raises:
-            TypeError: If ``x`` is no tensor or its dtype does not fit the decomposition.
-            ValueError: If its shape does not fit, it is on another device, or it is not finite.
-        """
+        """Run the encoder and split signals ``(B, C, *size)`` into target bands; errors are those of :meth:`encode`."""
         x = self.decomp.check_signal(x)
         if x.device != self.device:
             raise ValueError(f"x is on {x.device}, the model on {self.device}")
@@ -294,17 +291,17 @@ class HVAE(nn.Module):
         return self.result(passes, signal_dtype(passes[0].band.dtype, self.decomp.is_complex)).reconstruction
 
     @torch.no_grad()
-    def calibrate(self, data: Tensor | Iterable[Tensor]) -> None:
-        """Standardise bands by their mean and standard deviation over ``data``, signals or batches of them.
+    def calibrate(self, data: Batch | Iterable[Any], *, at_most: int = AT_MOST) -> None:
+        """Standardise bands by their mean and standard deviation over signals ``(N, C, *size)`` or batches of them.
 
-        Warns if ``sigma`` is so far above the data's own that there is nothing to learn, or so far below it that
-        nothing but the error counts.
+        Tensors and lists are read whole, any other iterable of batches up to ``at_most`` signals. Warns if ``sigma``
+        is so far above the data's own that there is nothing to learn, or so far below that only the error counts.
 
         Raises:
             ValueError: If the model was built under ``torch.inference_mode``, or the data do not fit it.
         """
         require_autograd(self)
-        *bands, signals = moments_of(data, self.decomp, self.device)
+        *bands, signals = moments_of(data, self.decomp, self.device, check_integer("at_most", at_most, 1))
         self.standardization.calibrate(self.subsets, bands, signals)
         warn_of_sigma(*self.likelihood.sigma_bounds, signals.std, signals.mean.numel())
 

@@ -14,7 +14,7 @@ which they have to pay for with their KL. Where it is a few nats for a whole sig
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae._float32 import full_precision
-from separable_hvae._validation import came
 from separable_hvae.decompositions.base import Decomposition
-from separable_hvae.functional import as_plain, check_finite, finest, is_recomputing, pack, widen
+from separable_hvae.functional import as_plain, finest, is_recomputing, pack, widen
+from separable_hvae.model.batches import Batch, checked_batches
 from separable_hvae.nn import Observation, Subset, TopDown
 
+AT_MOST = 4096
+"""Signals that are read of data that may have no end."""
 _OTHER_UNITS = 10.0
 _WARM_UP_BATCHES = 16
 
@@ -147,51 +149,24 @@ class Standardization(nn.Module):
                 subset.unit = torch.full_like(subset.unit, unit)
 
 
-def batches_of(
-    data: Tensor | Iterable[Tensor],
-    decomp: Decomposition,
-    device: torch.device,
-    batch_size: int = 256,
-    name: str = "data",
-) -> Iterator[Tensor]:
-    """Signals in batches ``(B, C, *size)`` that have been checked.
+def moments_of(
+    data: Batch | Iterable[Any], decomp: Decomposition, device: torch.device, at_most: int = AT_MOST
+) -> list[BandMoments]:
+    """Moments of each band, coarse to fine, and last of the signals as real numbers.
 
     Args:
-        data: Signals ``(N, C, *size)``, or batches of them, which stay as they are.
+        data: Signals or batches of them, with or without conditions, see :func:`checked_batches`.
         decomp: The decomposition.
-        device: Where they go.
-        batch_size: Signals in each batch of a tensor.
-        name: What errors call the data.
-
-    Raises:
-        TypeError: If ``data`` are of another kind.
-        ValueError: If they do not fit the decomposition, are none or not finite.
+        device: Where it computes.
+        at_most: Signals after which no more batches are read of data that may have no end; tensors have one.
     """
-    if isinstance(data, Tensor):
-        data = data.split(batch_size) if data.ndim else [data]
-    try:
-        batches = iter(data)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be a tensor (N, C, *size) or an iterable of such batches, got {came(data)}"
-        ) from None
-    count = 0
-    for batch in batches:
-        x = decomp.check_signal(batch, name).to(device)
-        check_finite(name, x)
-        count += len(x)
-        yield x
-    if not count:
-        raise ValueError(f"{name} must hold at least one signal")
-
-
-def moments_of(data: Tensor | Iterable[Tensor], decomp: Decomposition, device: torch.device) -> list[BandMoments]:
-    """Moments of each band, coarse to fine, and last of the signals as real numbers, see :func:`batches_of`."""
     moments: list[BandMoments] = []
-    for x in batches_of(data, decomp, device):
+    for x, _ in checked_batches(data, decomp, device):
         with full_precision(x.device):
             here = [BandMoments.of(part) for part in (*decomp.checked_analysis(x), pack(x))]
         moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
+        if moments[-1].count >= at_most and not isinstance(data, (Tensor, tuple, list)):
+            break
     return moments
 
 

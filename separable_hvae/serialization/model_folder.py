@@ -14,7 +14,6 @@ digests tell, and reading takes it. So at any moment a folder holds the old pair
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from separable_hvae.serialization import atomic
+
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 FORMAT = 2
 """A version that adds or renames anything in the files raises this, and completes what older ones wrote."""
 
-_PARTIAL = ".partial"
 _SEAL = "config_sha256"
 
 
@@ -53,26 +53,15 @@ def write(folder: Path, settings: dict[str, Any], tensors: Mapping[str, Tensor],
     except KeyError as error:
         raise TypeError(f"a tensor of dtype {error} cannot be saved") from error
     files = {CARD: card.encode(), WEIGHTS: data, CONFIG: _render(settings, _digest(data))}
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / CARD).exists():
         del files[CARD]
-    partial = {name: folder / (name + _PARTIAL) for name in files}
-    if partial[CONFIG].exists():
+    partial = atomic.beside(folder / CONFIG)
+    if partial.exists():
         # Left by a save that was cut off, it may be the configuration that counts.
         with contextlib.suppress(ValueError):
-            _verify(partial[CONFIG], folder / WEIGHTS)
-            partial[CONFIG].replace(folder / CONFIG)
-    try:
-        for name, content in files.items():
-            _write(partial[name], content)
-        _sync(folder)
-    except BaseException:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-        raise
-    for name, path in partial.items():
-        path.replace(folder / name)
-        _sync(folder)
+            _verify(partial, folder / WEIGHTS)
+            partial.replace(folder / CONFIG)
+    atomic.write({folder / name: content for name, content in files.items()})
 
 
 class Contents(NamedTuple):
@@ -101,7 +90,7 @@ def read(folder: Path) -> Contents:
         settings = _verify(path, weights)
     except ValueError as error:
         try:
-            settings = _verify(folder / (CONFIG + _PARTIAL), weights)
+            settings = _verify(atomic.beside(path), weights)
         except ValueError:
             raise error from None
     try:
@@ -149,20 +138,3 @@ def _render(settings: dict[str, Any], digest: str) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make renames outlast a power cut, on systems that can open folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from separable_hvae._contexts import eval_mode
-from separable_hvae._validation import check_instance, check_integer, check_number, check_seed
+from separable_hvae._validation import came, check_instance, check_integer, check_number, check_seed
 from separable_hvae.functional import finest, pack
+from separable_hvae.model.batches import Batch, checked_batches
 from separable_hvae.model.hvae import HVAE
-from separable_hvae.model.standardization import batches_of
 
 _ACTIVE_NATS = 0.01
 
@@ -27,7 +27,7 @@ _ACTIVE_NATS = 0.01
 @torch.no_grad()
 def evaluate(
     model: HVAE,
-    data: Tensor | Iterable[Tensor],
+    data: Batch | Iterable[Any],
     *,
     batch_size: int = 256,
     seed: int = 0,
@@ -38,7 +38,8 @@ def evaluate(
 
     Args:
         model: The model; its mode, and that of each of its modules, is left as it was.
-        data: Signals ``(N, C, *size)``, or batches of them, such as those of a ``DataLoader``.
+        data: Signals ``(N, C, *size)``, a tuple of such and their condition, or batches (or pairs) such as those of a
+            ``DataLoader``.
         batch_size: Signals in each pass, where ``data`` are one tensor.
         seed: Seed of the posterior samples.
         bin_width: Distance of neighbouring values of discrete signals, in the data's units: of 8-bit pixels
@@ -61,8 +62,15 @@ def evaluate(
         TypeError: If an argument has the wrong type, or the data's dtype does not fit the model.
         ValueError: If the data do not fit the model, are none or not finite, a number is out of range, or
             ``bin_width`` is given for a discretized likelihood.
+
+    >>> import torch
+    >>> from separable_hvae import HVAE, FFT1Real, evaluate
+    >>> model = HVAE(FFT1Real(8, scales=[2, 8]), layers=4, width=8, bottleneck=4, blocks=0, sigma=1.0)
+    >>> measured = evaluate(model, torch.randn(20, 1, 8))
+    >>> len(measured["kl"]), len(measured["residual"]), measured["units"]
+    (8, 2, 40)
     """
-    check_instance("model", model, HVAE)
+    check_model(model)
     batch_size, seed = check_integer("batch_size", batch_size, 1), check_seed("seed", seed)
     if bin_width is not None:
         bin_width = check_number("bin_width", bin_width, "positive and finite")
@@ -72,7 +80,7 @@ def evaluate(
             )
     if importance is not None:
         importance = check_integer("importance", importance, 1)
-    batches = batches_of(data, model.decomp, model.device, batch_size)
+    batches = checked_batches(data, model.decomp, model.device, batch_size)
     with eval_mode(model):
         found = _measure(model, batches, seed, importance)
     if bin_width is not None or model.likelihood.bin_width is not None:
@@ -83,26 +91,47 @@ def evaluate(
     return found
 
 
-def _measure(model: HVAE, batches: Iterable[Tensor], seed: int, importance: int | None) -> dict[str, Any]:
+def check_model(model: object) -> None:
+    """Raise a ``TypeError`` unless it is an :class:`HVAE`; what is wrapped around one is told to go."""
+    for name in ("module", "_orig_mod"):
+        if not isinstance(model, HVAE) and isinstance(getattr(model, name, None), HVAE):
+            raise TypeError(
+                f"model must be an HVAE, got {came(model)} around one: pass its .{name}. Instead of DataParallel, "
+                "several processes of `accelerate launch` train with DistributedDataParallel, which fit sees to"
+            )
+    check_instance("model", model, HVAE)
+
+
+def require_condition(model: HVAE, condition: Any, name: str) -> None:
+    """Raise a ``TypeError`` if data come with a condition, and the model takes none."""
+    if condition is not None and model.condition is None:
+        raise TypeError(
+            f"{name} gives pairs (signals, condition), but the model takes no condition: keep the signals alone, "
+            "item[0], or build it with HVAE(condition=…)"
+        )
+
+
+def _measure(model: HVAE, batches: Iterable[tuple[Tensor, Any]], seed: int, importance: int | None) -> dict[str, Any]:
     generator, other = (torch.Generator(model.device).manual_seed(seed) for _ in range(2))
     n, loss, bound, mse, mse_mean, cpu = 0, 0.0, 0.0, 0.0, 0.0, torch.device("cpu")
     layers = torch.zeros(model.depth, dtype=torch.float64, device=cpu)
     residuals = torch.zeros(len(model.subsets), dtype=torch.float64, device=cpu)
     units: list[Tensor] = []
-    for x in batches:
+    for x, condition in batches:
+        require_condition(model, condition, "data")
         n += len(x)
-        seen = model.observe(x)
-        passes = model.decoder([None] * model.depth, len(x), seen, generator=generator)
+        seen, conditions = model.observe(x), model.conditions(condition, len(x))
+        passes = model.decoder([None] * model.depth, len(x), seen, conditions, generator=generator)
         result = model.result(passes, x.dtype, seen.x)
         assert result.kl is not None
         loss -= float(finest(result.elbo).sum())
         if importance is not None:
-            bound += float(finest(model.log_likelihood(x, importance, other)).sum())
+            bound += float(finest(model.log_likelihood(x, importance, other, condition)).sum())
         layers += finest(result.kl).sum(0).cpu()
         mse += float(_squares(result.reconstruction, x))
         residual = residuals.new_tensor(band_residuals(model, result.reconstruction - x))
         residuals += len(x) * residual.square()
-        means = model.decoder([None] * model.depth, len(x), seen, temperature=0.0)
+        means = model.decoder([None] * model.depth, len(x), seen, conditions, temperature=0.0)
         mse_mean += float(_squares(model.result(means, x.dtype).reconstruction, x))
         pairs = [(q, p) for step in passes for q, p in zip(step.posteriors, step.priors, strict=True) if q is not None]
         batch_units = [q.kl_elements(p).sum(0).flatten() for q, p in pairs]

@@ -186,8 +186,9 @@ def test_draws_are_asked_for_as_draws() -> None:
     known = KnownBands.of(signal(model.decomp, 2, torch.float32), model.decomp, until=2)
     with pytest.raises(ValueError, match="sample=True"):
         posterior_draws(model, known, MAPRefiner(1), 3)
-    with pytest.raises(ValueError, match="n must be at least 2, got 1"):
-        posterior_draws(model, known, MAPRefiner(1, sample=True), 1)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        posterior_draws(model, known, MAPRefiner(1, sample=True), 0)
+    assert posterior_draws(model, known, MAPRefiner(1, sample=True), 1).shape == (1, 2, 1, 4, 4)
 
 
 # The example.

@@ -7,6 +7,7 @@ runs a page from top to bottom and puts the pictures that it draws into the fold
 
 import argparse
 import contextlib
+import importlib.util
 import re
 import shutil
 import tempfile
@@ -19,10 +20,13 @@ TUTORIALS = [page for page in PAGES if page.parent.name == "tutorials"]
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
-    """Each Python block of a page with the number of lines before it."""
+    """Each Python block of a page with the number of lines before it.
+
+    A comment ``<!-- needs: package -->`` on the line before one leaves it out where the package is not there.
+    """
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(r"(?ms)^```python\n(.*?)^```$", text)
-    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+    found = re.finditer(r"(?ms)^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$", text)
+    return [(text.count("\n", 0, m.start(2)), m[2]) for m in found if not m[1] or importlib.util.find_spec(m[1])]
 
 
 def program(page: Path) -> str:

@@ -34,7 +34,7 @@ from separable_hvae import (
     __version__,
 )
 from separable_hvae._validation import plain
-from separable_hvae.serialization import model_folder
+from separable_hvae.serialization import atomic, model_folder
 from tests.helpers.models import seeded, tiny, units
 from tests.helpers.zoo import DEVICES, OWN, ZOO, Make, Pyramid, RingDCT, signal
 
@@ -785,7 +785,7 @@ class Cut(BaseException):
 def power(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Everything that writes counts down ``left``, and fails at zero and from then on."""
     state = SimpleNamespace(left=math.inf)
-    write, sync, replace, unlink = model_folder._write, model_folder._sync, Path.replace, Path.unlink
+    write, sync, replace, unlink = atomic._write, atomic._sync, Path.replace, Path.unlink
 
     def spend(error: type[BaseException] = Cut) -> None:
         state.left -= 1
@@ -815,8 +815,8 @@ def power(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
-        patch.setattr(model_folder, "_write", cut_write)
-        patch.setattr(model_folder, "_sync", cut_sync)
+        patch.setattr(atomic, "_write", cut_write)
+        patch.setattr(atomic, "_sync", cut_sync)
         patch.setattr(Path, "replace", cut_replace)
         patch.setattr(Path, "unlink", cut_unlink)
         yield state
@@ -870,13 +870,13 @@ def test_the_first_save_cut_off_leaves_a_whole_model_or_none(power: SimpleNamesp
 
 def test_an_error_while_writing_leaves_no_trace(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {p.name: p.read_bytes() for p in own.iterdir()}
-    write = model_folder._write
+    write = atomic._write
 
     def full(path: Path, content: bytes) -> None:
         write(path, content[:10])
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(model_folder, "_write", full)
+    monkeypatch.setattr(atomic, "_write", full)
     with pytest.raises(OSError, match="no space left"):
         small(FFT2Real(4, channels=1), seed=1).save_pretrained(own)
     assert {p.name: p.read_bytes() for p in own.iterdir()} == before

@@ -1,3 +1,5 @@
+import contextlib
+import gc
 import json
 import math
 import os
@@ -5,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,12 +19,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from typing_extensions import override
 
 from separable_hvae import (
@@ -34,11 +38,12 @@ from separable_hvae import (
     Wavelet1,
     evaluate,
 )
+from separable_hvae._version import __version__
 from separable_hvae.functional import pack
 from separable_hvae.model import standardization
 from separable_hvae.refine import history
 from separable_hvae.training import evaluation
-from separable_hvae.training.batches import Batches, checksum
+from separable_hvae.training.batches import IndexedBatches, checksum
 from separable_hvae.training.metrics_log import JsonlLog
 from tests.helpers import training as helpers
 from tests.helpers import zoo
@@ -288,12 +293,12 @@ def test_resuming_with_random_transforms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [8, 64])
 def test_the_first_signals_come_in_batches(as_dataset: bool, size: int) -> None:
     data = waves(40)
-    batches = Batches(fresh(), Waves(data) if as_dataset else data, size, 0, 0, 0, 1)
+    batches = IndexedBatches(fresh(), Waves(data) if as_dataset else data, size, 0, 0, 0, 1)
     for n in (1, 20, 40, 4096):
-        first = list(batches.first(n))
+        first = cast(list[Tensor], list(batches.first(n)))
         assert torch.equal(torch.cat(first), data[:n])
         assert max(map(len, first)) <= size
-    assert batches.fingerprint == {"count": 40, "checksum": checksum(data)}
+    assert batches.fingerprint == {"batch_size": size, "count": 40, "checksum": checksum(data)}
 
 
 @pytest.mark.parametrize("as_dataset", [False, True])
@@ -727,12 +732,15 @@ class Blow:
 def test_heldout_evaluation_and_log(tmp_path: Path) -> None:
     log, heldout = tmp_path / "log.jsonl", waves(6, seed=9)
     model = fresh()
-    report = train(model, steps=20, heldout=heldout, log=log, seed=2)
+    report = train(model, steps=20, heldout=heldout, heldout_every=7, every=2, log=log, seed=2)
     assert [json.loads(line) for line in log.read_text().splitlines()] == report.records
+    # One record has all there is at its step.
+    assert [r["step"] for r in report.records] == [2, 4, 6, 7, 8, 10, 12, 14, 16, 18, 20]
+    assert all("loss" in r for r in report.records)
     held = [r for r in report.records if "heldout_loss" in r]
-    assert [r["step"] for r in held] == [10, 20]
+    assert [r["step"] for r in held] == [7, 14, 20]
     measured = evaluate(model, heldout, seed=2)
-    assert {k.removeprefix("heldout_"): v for k, v in held[-1].items() if k != "step"} == measured
+    assert {k.removeprefix("heldout_"): v for k, v in held[-1].items() if k.startswith("heldout_")} == measured
     train(model, steps=2, log=log)
     assert len(log.read_text().splitlines()) == len(report.records) + 2
 
@@ -742,7 +750,8 @@ def test_heldout_batches_of_a_loader() -> None:
     expected = train(fresh(), steps=10, heldout=heldout, batch_size=4)
     loader = DataLoader(cast(Any, Waves(heldout)), batch_size=4)
     report = train(fresh(), steps=10, heldout=loader, batch_size=4)
-    assert [r for r in report.records if "heldout_loss" in r] == [r for r in expected.records if "heldout_loss" in r]
+    losses = [[r["heldout_loss"] for r in found.records] for found in (report, expected)]
+    assert losses[0] == losses[1]
 
 
 def test_the_callback_sees_the_records_and_the_average(tmp_path: Path) -> None:
@@ -1084,6 +1093,9 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     assert same(weights(model), before)
 
 
+KINDS = "data must be a tensor (N, C, *size), a map-style dataset of tensors, or an iterable of batches, got "
+
+
 class Stream(IterableDataset[Tensor]):
     @override
     def __iter__(self) -> Iterator[Tensor]:
@@ -1111,38 +1123,42 @@ class Labelled(Waves):
         (lambda x: Waves(x[:, 0]), ValueError, "data must hold signals of shape (1, 4), got an item of shape (4,)"),
         (lambda x: [*x[:3], x[3, :, :2]], ValueError, "data must hold signals of shape (1, 4), got an item of shape"),
         (lambda x: [x[0], x[1].double()], TypeError, "data must hold signals of one dtype, got torch.float32 and"),
-        (iter, TypeError, "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got "),
-        (
-            lambda x: {0: x[0]},
-            TypeError,
-            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got d",
-        ),
-        (
-            DataLoader,
-            TypeError,
-            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got DataLoader: pass its "
-            "dataset, and batch_size and workers to fit",
-        ),
-        (
-            lambda x: Stream(),
-            TypeError,
-            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got Stream",
-        ),
+        (lambda x: 3, TypeError, f"{KINDS}int"),
+        (lambda x: "waves", TypeError, f"{KINDS}str"),
+        (lambda x: set(), ValueError, "data must hold at least one signal, got no batch of them"),
+        (lambda x: iter([]), ValueError, "data must hold at least one signal, got no batch of them"),
+        (iter, ValueError, "data must have shape (B, 1, 4), got (1, 4): signals without a batch axis"),
+        (lambda x: x[0], ValueError, "data must have shape (B, 1, 4), got (1, 4): signals without a batch axis"),
+        (lambda x: iter([{"x": x}]), TypeError, "data must be a torch.Tensor, got dict"),
+        (lambda x: iter([(x, x, x)]), TypeError, "data must give batches (B, C, *size) or pairs of one and its cond"),
+        (lambda x: iter([x, x * math.nan]), ValueError, "data must be finite, got NaN"),
+        (lambda x: x.to_sparse(), TypeError, "data must be a dense tensor that holds numbers, got one of torch.sparse"),
+        (lambda x: x.to("meta"), TypeError, "data must be a dense tensor that holds numbers, got one of torch.strided"),
+        (lambda x: (x, torch.zeros(39)), ValueError, "the condition in data must have an entry for each of the 40"),
+        (lambda x: (x, {"label": [0] * 40}), TypeError, "the condition in data must be a tensor, or nested tensors, g"),
+        (lambda x: (x, torch.zeros(40)), TypeError, "data gives pairs (signals, condition), but the model takes no c"),
+        (lambda x: [(x[0], object()), (x[1], object())], TypeError, "the conditions in data cannot be put into one b"),
+        (lambda x: {0: x[0]}, TypeError, f"{KINDS}dict"),
+        (lambda x: Stream(), ValueError, "data must have shape (B, 1, 4), got (1, 4): signals without a batch axis"),
         (lambda x: x + 0j, TypeError, "data must be real floating-point for FFT1Real, got torch.complex64"),
         (lambda x: x.byte(), TypeError, "data must be real floating-point for FFT1Real, got torch.uint8"),
         (
             lambda x: x.numpy(),
             TypeError,
-            "data must be a tensor (N, C, *size) or a map-style dataset of tensors, got ndarray: make it a tensor with "
-            "torch.from_numpy",
+            f"{KINDS}ndarray: make it a tensor with torch.from_numpy",
         ),
         (
             lambda x: Waves(x.numpy()),
             TypeError,
-            "data must be a dataset of tensors (C, *size), got an item of ndarray: make it a tensor with "
-            "torch.from_numpy",
+            "or of pairs of one and its condition, got an item of ndarray: make it a tensor with torch.from_numpy",
         ),
-        (Labelled, TypeError, "data must be a dataset of tensors (C, *size), got an item of tuple"),
+        (
+            Labelled,
+            TypeError,
+            "data gives pairs (signals, condition), but the model takes no condition: keep the signals",
+        ),
+        (lambda x: [x[0], (x[1], 0)], TypeError, "one of pairs with a condition, got both kinds of items"),
+        (TensorDataset, TypeError, "or of pairs of one and its condition, got an item of tuple: keep the signal alone"),
     ],
 )
 def test_bad_data(make: Callable[[Tensor], Any], error: type[Exception], message: str) -> None:
@@ -1156,7 +1172,7 @@ def test_bad_data(make: Callable[[Tensor], Any], error: type[Exception], message
     [
         (torch.full((1, 4), math.nan), ValueError, "data must be finite, got NaN or infinity"),
         (torch.zeros(1, 3), ValueError, r"data must hold signals of shape \(1, 4\), got an item of shape \(1, 3\)"),
-        ((torch.zeros(1, 4), 0), TypeError, r"data must be a dataset of tensors .*, got an item of tuple"),
+        ((torch.zeros(1, 4), 0), TypeError, r"data gives pairs .*, but the model takes no condition"),
     ],
     ids=["finite", "shape", "kind"],
 )
@@ -1167,7 +1183,7 @@ def test_bad_signals_that_show_up_late(late: Any, error: type[Exception], messag
 
 def test_too_few_signals_for_so_many_processes() -> None:
     with pytest.raises(ValueError, match=r"data must hold more than 80 signals, so that each of 3 processes .* got 40"):
-        Batches(fresh(), waves(), 40, 0, 0, 0, 3)
+        IndexedBatches(fresh(), waves(), 40, 0, 0, 0, 3)
 
 
 def test_the_model_must_be_one_that_can_be_trained() -> None:
@@ -1254,3 +1270,134 @@ def test_vanilla_models_train_too() -> None:
     report = train(model, steps=20, learning_rate=1e-2)
     assert report.records[-1]["loss"] < report.records[0]["loss"]
     assert float(model.sigma.detach()) != pytest.approx(0.1)
+
+
+# What outlasts faults around a run.
+
+
+@pytest.mark.parametrize("answer", [0, 1, [1], "yes", torch.tensor(True), object()], ids=lambda a: type(a).__name__)
+def test_a_callback_that_returns_anything_else_is_an_error(answer: object) -> None:
+    with pytest.raises(TypeError, match="callback must return True to end the run, False or None, got "):
+        train(fresh(), callback=lambda record, model: cast(Any, answer))
+
+
+@pytest.mark.parametrize("answer", [None, False, np.False_])
+def test_only_true_ends_a_run(answer: Any) -> None:
+    assert train(fresh(), callback=lambda record, model: answer).steps == 8
+    assert train(fresh(), callback=lambda record, model: cast(Any, np.True_)).steps == 1
+
+
+def test_the_heldout_interval() -> None:
+    def at(**options: Any) -> list[int]:
+        records = train(fresh(), heldout=waves(2), **options).records
+        return [record["step"] for record in records if "heldout_loss" in record]
+
+    assert at(steps=100, every=1) == list(range(5, 101, 5))
+    assert at(steps=100, every=4) == [*range(8, 101, 8), 100]
+    assert at(steps=7, every=100) == [7]
+    assert at(steps=20, every=100, heldout_every=9) == [9, 18, 20]
+    clock = Clock()
+    assert at(steps=None, time_budget=22.5, every=1, clock=clock, augment=clock.augment) == [10, 20]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    report = train(fresh(), augment=Blow(after=2, until=5), log=tmp_path / "log.jsonl")
+    assert not all(math.isfinite(record["loss"]) for record in report.records)
+    for line, record in zip((tmp_path / "log.jsonl").read_text().splitlines(), report.records, strict=True):
+        read = json.loads(line, parse_constant=refuse)
+        assert read["loss"] == (record["loss"] if math.isfinite(record["loss"]) else None)
+        assert read["residual"] == [r if math.isfinite(r) else None for r in record["residual"]]
+
+
+def test_no_bar_without_a_terminal_to_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train(fresh(), steps=2, progress=True).steps == 2
+
+
+def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(fresh(), checkpoint="~/run", log="~/log.jsonl")
+    train(fresh(), checkpoint="~/run", log="~/log.jsonl")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "log.jsonl",
+        "run",
+        "run/checkpoint.safetensors",
+    ]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 8
+
+
+def altered(path: Path, **metadata: str) -> None:
+    with safe_open(path, framework="pt") as file:
+        tensors, before = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, path, before | metadata)
+
+
+def test_checkpoints_tell_their_format_and_version(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    train(fresh(), checkpoint=tmp_path, steps=2)
+    with safe_open(path, framework="pt") as file:
+        assert (file.metadata()["format"], file.metadata()["version"]) == ("1", __version__)
+    altered(path, format="2", version="9.0")
+    with pytest.raises(
+        ValueError, match=rf"has format 2, of version 9\.0 of the library; this one, {__version__}, reads up to 1: upgr"
+    ):
+        train(fresh(), checkpoint=tmp_path, steps=4)
+
+
+def test_more_data_in_a_resumed_run_are_told_where_to_go(tmp_path: Path) -> None:
+    train(fresh(), checkpoint=tmp_path, steps=2)
+    message = r"count': \(40, 50\).*to train on with more of them, give the model .* to a fit with another checkpoint f"
+    with pytest.raises(ValueError, match=message):
+        train(fresh(), waves(50), checkpoint=tmp_path, steps=4)
+    model = fresh(seed=5)
+    assert train(model, checkpoint=tmp_path, steps=2).records == []
+    assert train(model, waves(50), checkpoint=tmp_path / "more", steps=4).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("wrap", "kind", "attribute"),
+    [
+        (torch.nn.DataParallel, "DataParallel", "module"),
+        (partial(torch.compile, backend="eager"), "OptimizedModule", "_orig_mod"),
+    ],
+)
+def test_wrapped_models_are_told_apart(wrap: Callable[..., Any], kind: str, attribute: str) -> None:
+    model = wrap(fresh())
+    with pytest.raises(TypeError, match=rf"around one: pass its \.{attribute}\. .* DistributedDataParallel"):
+        train(model)
+    with pytest.raises(TypeError, match=rf"model must be an HVAE, got {kind} around one"):
+        evaluate(model, waves())
+
+
+def test_an_accelerator_keeps_no_models_alive() -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    other = accelerator.prepare(torch.nn.Linear(2, 2))
+    references: list[weakref.ref[torch.nn.Module]] = []
+    for fails in (False, True):
+        model = fresh()
+        references += [weakref.ref(model), weakref.ref(model.encoder)]
+        with contextlib.suppress(RuntimeError):
+            train(model, accelerator=accelerator, augment=Fail(3, RuntimeError()) if fails else None)
+        del model
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+    assert accelerator._models == [other]
+    assert accelerator._optimizers == []
+
+
+def test_a_report_is_a_few_lines() -> None:
+    report = train(fresh(), heldout=waves(2), steps=30)
+    lines = repr(report).splitlines()
+    assert lines == str(report).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(f"FitReport: 30 steps in {report.seconds:.1f} s, 30 records")
+    last = report.records[-1]
+    assert lines[2] == f"  step 30: loss {last['loss']:.3f} nats/dim, held out {last['heldout_loss']:.3f}"
+    assert repr(train(fresh(), augment=Interrupt(2))).splitlines()[0].endswith("2 records, interrupted")
