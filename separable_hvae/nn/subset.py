@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._cached import cached_property
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.gaussian import Gaussian, StackedGaussian
-from separable_hvae.functional import resample, widen
+from separable_hvae.functional import cached_property, resample, widen
 from separable_hvae.nn.heads import ScaleHead
 from separable_hvae.nn.stochastic_layer import PriorFeatures, StochasticLayer
 
