@@ -191,5 +191,5 @@ def warn_of_other_units(settled: Standardization, signals: BandMoments) -> None:
         warnings.warn(
             f"the data's root mean square is {found:.2g}, that of the data which the model was calibrated with "
             f"{magnitude:.2g}: rescale the data to the units of those, or calibrate the model anew",
-            stacklevel=6,
+            stacklevel=7,
         )
