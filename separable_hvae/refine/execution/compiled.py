@@ -152,7 +152,13 @@ def _compile(method: Method, point: Point, given: Sequence[Tensor], threads: int
             if hasattr(config, "cpp_wrapper_build_separate"):
                 # Otherwise one function of thousands of lines goes through every optimisation.
                 options["cpp_wrapper_build_separate"] = True
-            compiled = inductor(graph, [inputs[i] for i in used], options)
+            try:
+                compiled = inductor(graph, [inputs[i] for i in used], options)
+            except Exception as error:
+                raise RuntimeError(
+                    f"{type(objective).__name__} cannot be compiled here, perhaps for want of a C++ compiler; "
+                    f"execution='eager' runs it without: {error}"
+                ) from error
 
     read = WeightGuard(model, [names[i] for i in used if i < len(names)])
     return _CompiledCode(compiled, read, [i - len(names) for i in used if i >= len(names)], structure[0])
