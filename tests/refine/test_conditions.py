@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from separable_hvae import (
     HVAE,
@@ -72,9 +73,10 @@ class Probe(MAPRefiner):
 
     def __init__(self, model: HVAE, x: Tensor, condition: Any) -> None:
         super().__init__(1, schedule="joint")
-        self.check = lambda latents: objective(model, latents, x, condition).sum()
+        self.check: Callable[[list[Tensor]], Tensor] = lambda latents: objective(model, latents, x, condition).sum()
         self.checked = False
 
+    @override
     def step(self, problem: Problem, latents: list[Tensor], state: Any) -> tuple[list[Tensor], Any]:
         gradients, step = problem.gradient(latents), 1e-6
         direction = [torch.randn(z.shape, generator=seeded(i), dtype=z.dtype) for i, z in enumerate(latents)]
@@ -99,9 +101,9 @@ def test_chunks_have_their_own_conditions(kind: str) -> None:
     model, c = conditional(kind), given(kind)
     x = signal(model.decomp, 3)
     for init in ("posterior", "prior"):
-        whole = MAPRefiner(3, init=init)(model, x, condition=c)  # type: ignore[arg-type]
+        whole = MAPRefiner(3, init=init)(model, x, condition=c)
         for size in (1, 2):
-            parts = MAPRefiner(3, init=init, batch_size=size)(model, x, condition=c)  # type: ignore[arg-type]
+            parts = MAPRefiner(3, init=init, batch_size=size)(model, x, condition=c)
             torch.testing.assert_close(parts.latents, whole.latents)
 
 
@@ -162,9 +164,8 @@ def test_training_and_evaluation_on_pairs() -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"layers": 1, "width": 8, "bottleneck": 4, "blocks": 1, "sigma": 0.1}
     model = HVAE(FFT1Real(8), condition=ClassCondition(2), **options)
-    report = fit(
-        model, (x, classes), steps=150, batch_size=16, learning_rate=1e-2, progress=False, heldout=(x, classes)
-    )
+    training: dict[str, Any] = {"steps": 150, "batch_size": 16, "learning_rate": 1e-2, "progress": False}
+    report = fit(model, (x, classes), heldout=(x, classes), **training)
     assert "heldout_loss" in report.records[-1]
     right, wrong = (evaluate(model, (x, labels), importance=4) for labels in (classes, 1 - classes))
     # A wrong class costs KL: its prior expects the other wave.

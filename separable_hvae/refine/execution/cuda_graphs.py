@@ -111,7 +111,7 @@ class CudaGraphs(Execution):
     def _replay(self, key: Hashable, model: HVAE, function: Function, tensors: Sequence[Tensor]) -> Any:
         device = tensors[0].device
         if not _is_cuda(device):
-            raise ValueError(f"CUDA graphs need a model on a CUDA device, got {device}")
+            raise ValueError(f"CUDA graphs need a model on a CUDA device, got {device}; execution='eager' runs on any")
         key = (key, model, signature(tensors), numerics_key())
         with self._turn, torch.cuda.device(device):
             current = torch.cuda.current_stream()
