@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from separable_hvae._validation import check_flag
 
-T = TypeVar("T")
 HALF = (torch.bfloat16, torch.float16)
 REAL = (torch.float64, torch.float32, *HALF)
 COMPLEX = (torch.complex128, torch.complex64)
@@ -152,17 +151,3 @@ def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's tensors are; the CPU where it has none."""
     return next((t.device for t in itertools.chain(module.parameters(), module.buffers())), torch.device("cpu"))
-
-
-class cached_property(Generic[T]):  # noqa: N801
-    """As that of :mod:`functools`, which takes a lock before Python 3.12: ``torch.compile`` cannot trace one."""
-
-    def __init__(self, compute: Callable[[Any], T]) -> None:
-        self.compute, self.__doc__ = compute, compute.__doc__
-
-    def __get__(self, owner: Any, _: type) -> T:
-        value = self.compute(owner)
-        # Traced code computes it each time that it is asked for, and a compiler sees that it is the same.
-        if not torch.compiler.is_compiling():
-            owner.__dict__[self.compute.__name__] = value
-        return value

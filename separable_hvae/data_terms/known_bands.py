@@ -21,7 +21,7 @@ from separable_hvae._validation import came_as, check_callable, check_generator,
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit
 from separable_hvae.data_terms.gaussian_inference import mean_bands, standard
 from separable_hvae.decompositions.base import Decomposition
-from separable_hvae.distributions.energies import gaussian_energy
+from separable_hvae.distributions.gaussian import gaussian_energy
 from separable_hvae.functional import check_finite, device_of
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.nn.decoder import Observation

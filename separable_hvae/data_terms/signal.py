@@ -24,7 +24,7 @@ from separable_hvae._float32 import full_precision
 from separable_hvae._validation import check_instance
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit, piece
 from separable_hvae.decompositions.base import Decomposition
-from separable_hvae.distributions.energies import gaussian_energy, laplace_energy
+from separable_hvae.distributions.gaussian import gaussian_energy, laplace_energy
 from separable_hvae.distributions.likelihood import Likelihood, Prediction
 from separable_hvae.functional import pack
 from separable_hvae.model.hvae import HVAE

@@ -1,5 +1,14 @@
-"""Diagonal Gaussians, of one layer's latents and of those of several layers side by side."""
+r"""Diagonal Gaussians, of one layer's latents and of several layers' side by side, and the energies they share.
 
+Energies, in nats, of the two densities that latents, likelihoods, losses and noise are made of:
+
+    Gaussian    E = Σ e² / 2v               log Z = Σ log σ + n/2 · log 2π
+    Laplace     E = √2 Σ |e| / √v           log Z = Σ log σ + n/2 · log 2         of variance v = σ²
+
+−log p(e) = E + log Z for an error e of n numbers.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -7,8 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from separable_hvae.distributions.energies import gaussian_energy, gaussian_log_partition
-from separable_hvae.functional import widen
+from separable_hvae.functional import HALF
 
 LOG_SIGMA_BOUND = 6.0
 
@@ -35,7 +43,7 @@ class Gaussian:
         Args:
             params: ``(B, 2·latent_channels, *grid)``. The bound is ``log σ = b tanh(log_sigma / b)``.
         """
-        mean, log_sigma = widen(params).chunk(2, dim=cls.event_axis)
+        mean, log_sigma = (params.float() if params.dtype in HALF else params).chunk(2, dim=cls.event_axis)
         return cls(mean, LOG_SIGMA_BOUND * torch.tanh(log_sigma / LOG_SIGMA_BOUND))
 
     @staticmethod
@@ -93,3 +101,37 @@ class StackedGaussian(Gaussian):
     """
 
     event_axis: ClassVar[int] = 2
+
+
+def gaussian_energy(error: Tensor, variance: Tensor | None = None, *, axis: int = 1) -> Tensor:
+    """``Σ e² / 2v``, summed over the axes from ``axis`` on: by default ``(B,)``.
+
+    Args:
+        error: Real errors ``(B, ...)``.
+        variance: Their variance, broadcastable to them; ``None`` for errors in units of their deviation.
+        axis: First axis to sum over.
+    """
+    return _summed(error.square(), variance, axis) / 2
+
+
+def laplace_energy(error: Tensor, variance: Tensor, *, axis: int = 1) -> Tensor:
+    """``√2 Σ |e| / √v``, of the variance ``v``; see :func:`gaussian_energy`."""
+    return math.sqrt(2) * _summed(error.abs(), variance.sqrt(), axis)
+
+
+def gaussian_log_partition(log_sigma: Tensor, count: int) -> Tensor:
+    """``Σ log σ + n/2 · log 2π``, given the sum of ``log σ`` over ``count`` numbers."""
+    return log_sigma + 0.5 * math.log(2 * math.pi) * count
+
+
+def laplace_log_partition(log_sigma: Tensor, count: int) -> Tensor:
+    """``Σ log σ + n/2 · log 2``, given the sum of ``log σ`` over ``count`` numbers."""
+    return log_sigma + 0.5 * math.log(2) * count
+
+
+def _summed(values: Tensor, unit: Tensor | None, axis: int) -> Tensor:
+    """``Σ values / unit``, dividing once where there is one unit for all."""
+    if unit is not None and unit.ndim:
+        values, unit = values / unit, None
+    total = values.flatten(axis).sum(axis)
+    return total if unit is None else total / unit

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from separable_hvae._validation import came, check_integer, check_number, constructor_arguments, is_number, shown
-from separable_hvae.distributions.energies import (
+from separable_hvae.distributions.gaussian import (
     gaussian_energy,
     gaussian_log_partition,
     laplace_energy,

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from separable_hvae._validation import check_number
-from separable_hvae.distributions.energies import gaussian_energy, laplace_energy
+from separable_hvae.distributions.gaussian import gaussian_energy, laplace_energy
 from separable_hvae.functional import check_finite
 
 _FEWEST_COUNTS = 0.1

@@ -43,6 +43,6 @@ class Encoder(nn.Module):
         """Map packed signals ``(B, C, *size)`` to activations ``(B, width, *grid)``, coarse to fine."""
         y, activations = self.stem(x), []
         for grid, blocks in zip(reversed(self.grids), reversed(list(self.scales)), strict=True):
-            y = blocks(resample(y, grid))
+            y = blocks(y if y.shape[2:] == grid else resample(y, grid))
             activations.append(y)
         return activations[::-1]

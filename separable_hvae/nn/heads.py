@@ -11,6 +11,7 @@ before that convolution doubled the squared error on CIFAR-10 at equal steps, an
 import math
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -86,8 +87,8 @@ class GridHead(ScaleHead):
 
     @override
     def read(self, context: Tensor) -> Tensor:
-        picture = self.emit(resample(context, self.points))
-        return self.decomp.from_grid(self.scale, widen(picture))
+        picture = self.emit(context if context.shape[2:] == self.points else resample(context, self.points))
+        return self.decomp.from_grid(self.scale, picture if picture.dtype == torch.float32 else widen(picture))
 
 
 class CoefficientHead(ScaleHead):

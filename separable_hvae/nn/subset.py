@@ -8,10 +8,10 @@ but the context that flows into it (and, for posteriors, its evidence), so a lat
 its own band costs at most one subset and one head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,25 @@ from typing_extensions import override
 
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.gaussian import Gaussian, StackedGaussian
-from separable_hvae.functional import cached_property, resample, widen
+from separable_hvae.functional import resample, widen
 from separable_hvae.nn.heads import ScaleHead
 from separable_hvae.nn.stochastic_layer import PriorFeatures, StochasticLayer
+
+T = TypeVar("T")
+
+
+class _cached_property(Generic[T]):  # noqa: N801
+    """As that of :mod:`functools`, which takes a lock before Python 3.12: ``torch.compile`` cannot trace one."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __get__(self, owner: Any, _: type) -> T:
+        value = self.compute(owner)
+        # Traced code computes it each time that it is asked for, and a compiler sees that it is the same.
+        if not torch.compiler.is_compiling():
+            owner.__dict__[self.compute.__name__] = value
+        return value
 
 
 class Evidence(NamedTuple):
@@ -68,17 +84,17 @@ class SubsetPass:
     posteriors: list[Gaussian | None]
     contexts: list[Tensor]
 
-    @cached_property
+    @_cached_property
     def priors(self) -> list[Gaussian]:
         """The prior of each latent that ran."""
         return [Gaussian.from_params(params) for params in self.prior_params]
 
-    @cached_property
+    @_cached_property
     def stacked_priors(self) -> list[StackedGaussian]:
         """The same, with one entry for each run of layers with one grid."""
         return [Gaussian.stack([self.prior_params[i] for i in run]) for run in self._runs()]
 
-    @cached_property
+    @_cached_property
     def whitened(self) -> list[Tensor]:
         """``(z − μ_p) / σ_p``, ``(B, layers, latent_channels, *grid)`` for each run of layers with one grid."""
         stacks = (torch.stack([self.latents[i] for i in run], dim=1) for run in self._runs())
@@ -162,9 +178,9 @@ class Subset(nn.Module):
         layer, residual = self.layers[m], None
         context = self._conditioned(m, context, condition)
         if evidence.target is not None and self.scales[m] == self.scale:
-            predicted = self._checked(self.head.read(resample(context, layer.grid)))
+            predicted = self._checked(self.head.read(_on_grid(context, layer.grid)))
             picture = self.head.decomp.to_grid(self.scale, evidence.target - predicted)
-            residual = resample(picture.to(context.dtype), layer.grid)
+            residual = _on_grid(picture.to(context.dtype), layer.grid)
         return layer.infer(context, evidence.activations[m], residual)
 
     def prior_features(self, m: int, context: Tensor, condition: SubsetCondition | None = None) -> PriorFeatures:
@@ -175,7 +191,7 @@ class Subset(nn.Module):
         """The context of layer ``m`` with the condition of the scale that begins there."""
         if condition is None or m not in self._begins:
             return context
-        return resample(context, self.layers[m].grid) + condition.activations[self._begins[m]].to(context.dtype)
+        return _on_grid(context, self.layers[m].grid) + condition.activations[self._begins[m]].to(context.dtype)
 
     def _centre(self, condition: SubsetCondition | None) -> Tensor:
         return self.centre if condition is None or condition.centre is None else condition.centre
@@ -229,4 +245,8 @@ class Subset(nn.Module):
                 f"{type(self.head).__name__} must give (B, {', '.join(map(str, self.centre.shape))}) "
                 f"at scale {self.scale}, got {tuple(band.shape)}"
             )
-        return widen(band)
+        return band if band.dtype == torch.float32 else widen(band)
+
+
+def _on_grid(y: Tensor, grid: tuple[int, ...]) -> Tensor:
+    return y if y.shape[2:] == grid else resample(y, grid)

@@ -128,12 +128,12 @@ class SubsetObjective(Objective):
     @property
     @override
     def layers(self) -> range:
-        counts = [len(subset.scales) for subset in self.model.subsets[: self.index + 1]]
+        counts = [len(subset.scales) for subset in self.model.decoder.subsets[: self.index + 1]]
         return range(sum(counts[:-1]) + self.start, sum(counts) - len(self.inputs.later))
 
     @override
     def __call__(self, latents: Sequence[Tensor]) -> ObjectiveValue:
-        inputs, subset = self.inputs, self.model.subsets[self.index]
+        inputs, subset = self.inputs, self.model.decoder.subsets[self.index]
         options = {"condition": inputs.condition, "start": self.start, "features": inputs.features}
         step: SubsetPass = subset(inputs.context, [*latents, *inputs.later], **options)
         log_prior = step.log_prior()
@@ -142,7 +142,7 @@ class SubsetObjective(Objective):
 
     @override
     def data(self, bands: Sequence[Tensor]) -> Tensor:
-        beta = self.guidance[self.model.subsets[self.index].scale]
+        beta = self.guidance[self.model.decoder.subsets[self.index].scale]
         return beta * self.misfit.local(self.index, bands[0], self.inputs.targets)
 
 

@@ -41,7 +41,6 @@ from separable_hvae.model.result import Result
 from separable_hvae.nn.decoder import Observation
 from separable_hvae.nn.subset import SubsetCondition, SubsetPass
 from separable_hvae.refine.acceptance import is_refused, require_finite_start
-from separable_hvae.refine.budget import Clock
 from separable_hvae.refine.by_scale import ByScale, by_scale, check_by_scale
 from separable_hvae.refine.execution.base import Eager, Execution
 from separable_hvae.refine.execution.compiled import Compiled
@@ -51,7 +50,7 @@ from separable_hvae.refine.objective import Objective, ObjectiveValue
 from separable_hvae.refine.problem import Problem
 from separable_hvae.refine.schedules import SCHEDULES, Schedule, checked_latents
 from separable_hvae.refine.state import InferenceState, Init
-from separable_hvae.refine.stopping import Stopping
+from separable_hvae.refine.stopping import Clock, Stopping
 
 Precision = Literal["bfloat16", "tf32"]
 EXECUTIONS: dict[str, type[Execution]] = {"eager": Eager, "compiled": Compiled, "cuda-graphs": CudaGraphs}

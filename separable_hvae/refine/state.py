@@ -123,7 +123,7 @@ class InferenceState:
             own_prior: Leave the priors of fixed later latents out.
             features: Compute what the layer makes of its context once, and not in each step.
         """
-        subset, condition = self.model.subsets[index], self._condition(index)
+        subset, condition = self.model.decoder.subsets[index], self._condition(index)
         with torch.no_grad():
             known = subset.prior_features(start, context, condition) if features else None
         inputs = SubsetInputs(context, targets, later, known, condition)
@@ -156,7 +156,7 @@ class InferenceState:
             start: First layer that runs.
         """
         with torch.no_grad():
-            step: SubsetPass = self.model.subsets[index](
+            step: SubsetPass = self.model.decoder.subsets[index](
                 context, latents, evidence, self._condition(index), start=start, temperature=0.0
             )
         if not start:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Laplace, Normal, kl_divergence
 
 from separable_hvae.distributions import Gaussian
-from separable_hvae.distributions.energies import (
+from separable_hvae.distributions.gaussian import (
     gaussian_energy,
     gaussian_log_partition,
     laplace_energy,

@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Laplace, Normal
 from separable_hvae import HVAE, FFT1Real, Identity
 from separable_hvae.data_terms.base import BoundTerm
 from separable_hvae.data_terms.signal import Loss, Signal, absolute_error
-from separable_hvae.distributions.energies import gaussian_energy
+from separable_hvae.distributions.gaussian import gaussian_energy
 from separable_hvae.functional import pack
 from separable_hvae.nn.subset import SubsetPass
 from separable_hvae.refine.by_scale import ByScale, by_scale
