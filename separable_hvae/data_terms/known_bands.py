@@ -22,7 +22,7 @@ from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit
 from separable_hvae.data_terms.gaussian_inference import mean_bands, standard
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.gaussian import gaussian_energy
-from separable_hvae.functional import check_finite, device_of
+from separable_hvae.functional import as_plain, check_finite, device_of
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.nn.decoder import Observation
 
@@ -63,8 +63,8 @@ class KnownBands(DataTerm):
         masks = [None] * len(bands) if masks is None else masks
         if len(masks) != len(bands):
             raise ValueError(f"masks must have one entry for each of the {len(bands)} bands, got {len(masks)}")
-        self.bands = list(bands)
-        self.masks = [_mask(i, mask, band) for i, (mask, band) in enumerate(zip(masks, bands, strict=True))]
+        self.bands = [None if band is None else as_plain(band.detach()) for band in bands]
+        self.masks = [_mask(i, mask, band) for i, (mask, band) in enumerate(zip(masks, self.bands, strict=True))]
 
     @classmethod
     def of(cls, x: Tensor, decomp: Decomposition, *, until: int, masks: Sequence[Tensor | None] | None = None) -> Self:

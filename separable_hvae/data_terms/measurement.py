@@ -40,7 +40,7 @@ from separable_hvae.data_terms.operator import Map, Operator, condition
 from separable_hvae.data_terms.physics import Physics, noise_of
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.noise import GaussianNoise, Noise
-from separable_hvae.functional import check_finite, real
+from separable_hvae.functional import as_plain, check_finite, real
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.nn.decoder import Observation
 
@@ -121,7 +121,8 @@ class Measurement(DataTerm):
             raise TypeError(f"noise must be a Noise or a standard deviation, got {noise!r}")
         self.noise = noise if isinstance(noise, Noise) else GaussianNoise(noise)
         self.noise.check(y)
-        self.y, self.given, self.start = y.detach(), tuple(given), start
+        self.y, self.given = as_plain(y.detach()), tuple(as_plain(t.detach()) for t in given)
+        self.start = None if start is None else as_plain(start.detach())
         self.fill: Fill = fill
         self.operator = Operator(operator, adjoint if linear else None, stacked, linear)
         if not linear and not bool((self._variance(self.y) > 0).all()):

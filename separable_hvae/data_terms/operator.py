@@ -51,9 +51,12 @@ class Operator:
             signal = pack(x) if self.stacked else x
             predicted = _called("operator", self.forward, signal, given)
         if predicted.shape != y.shape:
+            hint = f"; {_PER_SAMPLE}" if predicted.shape[:1] != x.shape[:1] else ""
+            if predicted.shape[1:] == y.shape:
+                hint = "; y[None] adds the batch axis that it lacks"
             raise ValueError(
                 f"operator gives shape {tuple(predicted.shape)} for signals {tuple(signal.shape)}, "
-                f"but y has {tuple(y.shape)}" + (f"; {_PER_SAMPLE}" if predicted.shape[:1] != x.shape[:1] else "")
+                f"but y has {tuple(y.shape)}{hint}"
             )
         if predicted.is_complex() != y.is_complex():
             raise TypeError(
@@ -202,8 +205,9 @@ def size_type(y: Tensor) -> torch.dtype:
 
 def _called(name: str, function: Map, x: Tensor, given: Sequence[Tensor]) -> Tensor:
     try:
-        # Expanded signals are hard on operators: the MKL of torch 2.6 transforms none.
-        found: Any = function(x.contiguous(), *given)
+        # A copy, since operators may work in place. Expanded signals are hard on them, too: the MKL of torch 2.6
+        # transforms none.
+        found: Any = function(x.clone(memory_format=torch.contiguous_format), *given)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -138,7 +138,10 @@ def check_signal(self: "Decomposition", x: Tensor, name: str = "x") -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {came(x)}")
     if x.dtype not in (COMPLEX if self.is_complex else REAL):
         kind = "complex" if self.is_complex else "real floating-point"
-        raise TypeError(f"{name} must be {kind} for {type(self).__name__}, got {x.dtype}")
+        hint = "; torch.complex makes signals of two parts" if self.is_complex else ""
+        if x.is_complex():
+            hint = "; k-space, like any measurement, goes into Measurement(y, operator, noise)"
+        raise TypeError(f"{name} must be {kind} for {type(self).__name__}, got {x.dtype}{hint}")
     if x.ndim != len(self.size) + 2 or x.shape[1:] != (self.channels, *self.size):
         hint = ""
         if x.ndim == len(self.size) + 2 and x.shape[2:] == self.size:

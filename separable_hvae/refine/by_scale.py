@@ -1,8 +1,9 @@
 """Settings that are one number or given by scale."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
-from separable_hvae._validation import check_number
+from separable_hvae._validation import check_number, listed
 
 ByScale = float | Mapping[int, float] | Sequence[float]
 """A number for every scale, a mapping from scale to number, or one number for each scale."""
@@ -16,6 +17,7 @@ def by_scale(name: str, value: ByScale, scales: Sequence[int]) -> dict[int, floa
         ValueError: If an entry is negative or not finite, a mapping names an unknown scale or
             leaves one out, or a sequence has another length than ``scales``.
     """
+    value = cast(ByScale, listed(value))
     if isinstance(value, Mapping):
         if set(value) != set(scales):
             raise ValueError(f"{name} must have one entry for each scale {list(scales)}, got {list(value)}")
@@ -32,6 +34,7 @@ def by_scale(name: str, value: ByScale, scales: Sequence[int]) -> dict[int, floa
 
 def check_by_scale(name: str, value: ByScale) -> None:
     """Check a setting's numbers as far as they can be checked without a model's scales."""
+    value = cast(ByScale, listed(value))
     scales = (
         list(value) if isinstance(value, Mapping) else list(range(len(value))) if isinstance(value, Sequence) else [1]
     )
