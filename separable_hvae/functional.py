@@ -90,6 +90,8 @@ def check_finite(name: str, x: Tensor) -> None:
 
 def as_plain(x: Tensor) -> Tensor:
     """A plain tensor of the same numbers where a subclass came that carries data of its own, such as an image's."""
+    if torch.compiler.is_compiling():
+        return x
     is_own = type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
     return x.as_subclass(Tensor) if is_own and type(x) not in (Tensor, torch.nn.Parameter) else x
 

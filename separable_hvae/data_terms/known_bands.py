@@ -238,7 +238,7 @@ def _mask(index: int, mask: Tensor | None, band: Tensor | None) -> Tensor | None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"masks[{index}] must be a bool tensor, got {came_as(mask)}")
     try:
-        return mask.to(band.device).expand_as(band)
+        return as_plain(mask).to(band.device).expand_as(band)
     except RuntimeError:
         raise ValueError(
             f"masks[{index}] must broadcast to its band's shape {tuple(band.shape)}, got {tuple(mask.shape)}"

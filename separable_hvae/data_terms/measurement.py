@@ -201,7 +201,7 @@ class Measurement(DataTerm):
         check_finite("x", x)
         y, given = self._read(model)
         own, variance, dtype = model.likelihood.variance.detach(), self._variance(y), x.dtype
-        x = x.detach().to(self._mean(model).dtype)
+        x = as_plain(x.detach()).to(self._mean(model).dtype)
         if generator is not None:
             # Perturb both sides, then condition: the result is a draw of the conditional Gaussian.
             x = x + own.sqrt() * standard(x, generator)

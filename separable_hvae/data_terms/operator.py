@@ -207,7 +207,7 @@ def _called(name: str, function: Map, x: Tensor, given: Sequence[Tensor]) -> Ten
     try:
         # A copy, since operators may work in place. Expanded signals are hard on them, too: the MKL of torch 2.6
         # transforms none.
-        found: Any = function(x.clone(memory_format=torch.contiguous_format), *given)
+        found: Any = function(x.clone(memory_format=torch.contiguous_format), *(t.clone() for t in given))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from separable_hvae._validation import came, came_as, is_integer, listed, shown
-from separable_hvae.functional import COMPLEX, HALF, REAL
+from separable_hvae.functional import COMPLEX, HALF, REAL, as_plain
 
 if TYPE_CHECKING:
     from separable_hvae.decompositions.base import Decomposition
@@ -152,7 +152,7 @@ def check_signal(self: "Decomposition", x: Tensor, name: str = "x") -> Tensor:
         )
     if not x.shape[0]:
         raise ValueError(f"{name} must hold at least one signal, got shape {tuple(x.shape)}")
-    return x.float() if x.dtype in HALF else x
+    return as_plain(x.float() if x.dtype in HALF else x)
 
 
 def check_band(self: "Decomposition", scale: int, h: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from separable_hvae._validation import check_number
 from separable_hvae.distributions.gaussian import gaussian_energy, laplace_energy
-from separable_hvae.functional import check_finite
+from separable_hvae.functional import as_plain, check_finite
 
 _FEWEST_COUNTS = 0.1
 
@@ -75,7 +75,7 @@ class WhiteNoise(Noise):
             if not bool(((sigma >= 0) & sigma.isfinite()).all()):
                 low, high = map(float, sigma.aminmax())
                 raise ValueError(f"sigma must be at least 0 and finite, got values from {low:g} to {high:g}")
-            sigma = sigma.detach()
+            sigma = as_plain(sigma.detach())
         else:
             number = sigma.item() if isinstance(sigma, Tensor) else sigma
             sigma = check_number("sigma", number, "at least 0 and finite")

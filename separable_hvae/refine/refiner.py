@@ -34,7 +34,7 @@ from separable_hvae._validation import (
 )
 from separable_hvae.data_terms.base import BoundTerm, DataTerm
 from separable_hvae.data_terms.signal import Loss, Signal, check_loss
-from separable_hvae.functional import per_sample, require_autograd
+from separable_hvae.functional import as_plain, per_sample, require_autograd
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.model.latents import require_all
 from separable_hvae.model.result import Result
@@ -421,7 +421,7 @@ def _given(model: HVAE, latents: Sequence[Tensor], batch: int) -> list[Tensor]:
     """Check the latents to start from and copy them, so that ones from inference mode can move too."""
     with torch.inference_mode(False):
         full = require_all("init", latents, model.latent_shapes, batch)
-        given = [z.detach().to(model.device, model.real_dtype, copy=True) for z in full]
+        given = [as_plain(z.detach()).to(model.device, model.real_dtype, copy=True) for z in full]
     if not all(bool(torch.isfinite(z).all()) for z in given):
         raise ValueError("init must be finite, got NaN or infinity")
     return given

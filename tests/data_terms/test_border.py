@@ -1,5 +1,7 @@
 """What callers give stays as it is, and is read as it is meant."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -91,3 +93,33 @@ def test_tensors_of_callers_are_read_as_plain_ones(schedule: str) -> None:
             assert not found.requires_grad
             torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     assert all(leaf.grad is None for leaf in leaves)
+
+
+def test_other_places_where_tensors_come_in() -> None:
+    model = tiny(FFT1Real(8))
+    x = signal(model.decomp, 2, torch.float32)
+    latents, mask = model.encode(x).latents, torch.rand(2, 1, 2, generator=seeded()) < 0.5
+    band, sigma = model.decomp.analysis(x)[1], torch.full((2, 1, 8), 0.2)
+
+    def found(tag: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        refined = MAPRefiner(2, schedule="joint", init=[tag(z) for z in latents])(model, tag(x))
+        measured = Measurement(x, lambda signals: signals, tag(sigma))
+        known = KnownBands([None, tag(band)], [None, tag(mask)])
+        restored = [MAPRefiner(2, schedule="joint")(model, term).reconstruction for term in (measured, known)]
+        corrected = [measured.correct(model, tag(x)), known.correct(model, tag(x))]
+        return [refined.reconstruction, *refined.latents, *restored, *corrected, model.encode(tag(x)).reconstruction]
+
+    for own, plain in zip(found(lambda t: t.clone().as_subclass(Tagged)), found(lambda t: t), strict=True):
+        assert type(own) is Tensor
+        torch.testing.assert_close(own, plain, rtol=0, atol=0)
+
+
+def test_operators_may_change_what_is_given_in_place() -> None:
+    model = tiny(FFT1Real(8))
+    y, mask = signal(model.decomp, 2, torch.float32), torch.rand(2, 1, 8, generator=seeded())
+    before = mask.clone()
+    in_place = Measurement(y, lambda x, m: x * m.mul_(0.5), 0.1, given=[mask])
+    apart = Measurement(y, lambda x, m: x * (0.5 * m), 0.1, given=[mask])
+    found = [MAPRefiner(3, schedule="joint")(model, term).reconstruction for term in (in_place, apart)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert torch.equal(mask, before)
