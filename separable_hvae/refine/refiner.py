@@ -70,7 +70,7 @@ class Refiner(ABC):
         sample: Start from a draw instead of the mean.
         tolerance: A sample stops moving once three steps have not lowered the problem's objective by more
             than ``tolerance · (1 + |J|)``; ``None`` takes every step.
-        budget: Seconds that a call may take: fewer steps, refcounted among the problems, if they do not fit.
+        budget: Seconds that a call may take: fewer steps, shared among the problems, if they do not fit.
         batch_size: Samples at a time, to bound the memory; ``None`` takes all at once.
         execution: ``"eager"``, ``"compiled"``, ``"cuda-graphs"``, or an :class:`Execution`.
         precision: ``"bfloat16"`` or ``"tf32"`` runs the steps in less than float32, and starts and results in

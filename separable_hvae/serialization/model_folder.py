@@ -1,4 +1,4 @@
-r"""Sealed folders: a readable configuration and tensors, each of which vouches for the other.
+r"""Model folders: a readable configuration and tensors, each of which vouches for the other.
 
     config.json          settings, and d_w = SHA-256(model.safetensors)
     model.safetensors    tensors, and d_c = SHA-256(config.json with d_w left out)

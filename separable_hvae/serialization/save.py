@@ -1,6 +1,6 @@
 r"""Saving and sharing models.
 
-    model  ⇄  (class names, arguments, {name: tensor})  ⇄  a sealed folder
+    model  ⇄  (class names, arguments, {name: tensor})  ⇄  a folder
 
 Nothing that a file says is executed: there is no pickle, and a class that is not the library's own
 comes from the caller, or from an import path that the caller agreed to follow.
