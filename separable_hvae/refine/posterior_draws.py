@@ -51,7 +51,7 @@ def posterior_draws(
     Raises:
         TypeError: If ``known`` is no data term or has no method ``correct``, or another argument has the wrong type.
         ValueError: If the refiner goes from a mean to a maximum, so that all draws would be the same, or starts from
-            given latents, or n is below 1.
+            given latents, n is below 1, or the condition does not fit the model and the B signals.
     """
     check_instance("model", model, HVAE)
     check_instance("known", known, DataTerm)
@@ -67,6 +67,8 @@ def posterior_draws(
             f"known must have a method correct(model, x, generator), as KnownBands and Measurement do, "
             f"got {type(many).__name__}"
         )
+    if model.condition is not None and condition is not None:
+        model.condition.check(condition, len(known))
     repeated = pytree.tree_map_only(Tensor, lambda t: t[numbers.to(t.device)], condition)
     decoded = refiner(model, many, generator, condition=repeated).reconstruction
     if generator is None:

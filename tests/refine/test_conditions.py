@@ -117,6 +117,10 @@ def test_conditions_that_do_not_fit_are_refused_early() -> None:
                 refiner(model, x, condition=wrong)
         with pytest.raises(ValueError, match="condition must be given, got None"):
             refiner(model, x)
+    known, sampling = KnownBands.of(x, model.decomp, until=3), MAPRefiner(1, sample=True)
+    for wrong in (torch.cat([c, c]), c[:2]):
+        with pytest.raises(ValueError, match=r"condition must have shape \(3, 4\), one for each sample"):
+            posterior_draws(model, known, sampling, 2, condition=wrong)
     with pytest.raises(ValueError, match="condition must be None for a model without one"):
         MAPRefiner(1)(tiny(FFT1Real(8)), x.float(), condition=c)
 
