@@ -8,7 +8,6 @@ A Gaussian that is diagonal in the bands. It fills in what was not measured for 
 import torch
 from torch import Tensor
 
-from separable_hvae._float32 import full_precision
 from separable_hvae.functional import pack
 from separable_hvae.model.hvae import HVAE
 
@@ -29,9 +28,8 @@ def covariance(model: HVAE, x: Tensor) -> Tensor:
     """``C x`` for signals ``(B, C, *size)``; for bands that are not orthonormal, as :func:`white`."""
     if not model.decomp.orthonormal:
         return white(model, x)
-    with full_precision(x.device):
-        bands = model.decomp.analysis(x)
-        return model.decomp.synthesis([v * band for v, band in zip(variances(model), bands, strict=True)])
+    bands = model.decomp.analysis(x)
+    return model.decomp.synthesis([v * band for v, band in zip(variances(model), bands, strict=True)])
 
 
 def white(model: HVAE, x: Tensor) -> Tensor:
@@ -40,8 +38,7 @@ def white(model: HVAE, x: Tensor) -> Tensor:
         sizes = [subset.centre.numel() for subset in model.subsets]
         variance = torch.stack([n * v for n, v in zip(sizes, variances(model), strict=True)]).sum() / sum(sizes)
     else:
-        with full_precision(x.device):
-            variance = pack(model.decomp.synthesis(draws(model, _DRAWS))).square().mean()
+        variance = pack(model.decomp.synthesis(draws(model, _DRAWS))).square().mean()
     return x * variance
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
 from separable_hvae._validation import came_as, check_callable, check_generator, check_instance, check_number
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit
 from separable_hvae.data_terms.gaussian_inference import mean_bands, standard
@@ -86,8 +85,7 @@ class KnownBands(DataTerm):
     def guess(self, model: HVAE) -> Tensor:
         bands, masks = self._read(model)
         parts = zip(masks, bands, mean_bands(model), strict=True)
-        with full_precision(bands[0].device):
-            return model.decomp.synthesis([torch.where(mask, band, mean) for mask, band, mean in parts])
+        return model.decomp.synthesis([torch.where(mask, band, mean) for mask, band, mean in parts])
 
     @override
     def bind(self, model: HVAE, seen: Observation) -> BoundTerm:
@@ -124,15 +122,14 @@ class KnownBands(DataTerm):
         bands, masks = self._read(model)
         own, other = float(model.likelihood.variance.detach()), self.sigma**2
         share = own / (own + other)
-        with full_precision(x.device):
-            found = []
-            for h, band, mask in zip(model.decomp.analysis(x.detach()), bands, masks, strict=True):
-                mean = torch.lerp(h, torch.where(mask, band, h), share)
-                if generator is not None:
-                    variance = torch.where(mask, mean.new_tensor(own * (1 - share)), own)
-                    mean = mean + variance.sqrt() * standard(mean, generator)
-                found.append(mean)
-            return model.decomp.synthesis(found).to(x.dtype)
+        found = []
+        for h, band, mask in zip(model.decomp.analysis(x.detach()), bands, masks, strict=True):
+            mean = torch.lerp(h, torch.where(mask, band, h), share)
+            if generator is not None:
+                variance = torch.where(mask, mean.new_tensor(own * (1 - share)), own)
+                mean = mean + variance.sqrt() * standard(mean, generator)
+            found.append(mean)
+        return model.decomp.synthesis(found).to(x.dtype)
 
     def _read(self, model: HVAE) -> tuple[list[Tensor], list[Tensor]]:
         """Every band and mask in the model's precision; zeros and ``False`` where nothing is known."""

@@ -168,7 +168,7 @@ class Measurement(DataTerm):
             unknown = tuple(i for i, band in enumerate(bands) if band is None and i > index)
             full = [mean if band is None else band.detach() for mean, band in zip(means, bands, strict=True)]
             full[index] = torch.zeros_like(full[index])
-            with torch.no_grad(), full_precision(y.device):
+            with torch.no_grad():
                 if unknown and unknown not in found:
                     unsaid = [h if i in unknown else None for i, h in enumerate(drawn())]
                     found[unknown] = self._unexplained_variance(model, unsaid, seen.x, y, given)
@@ -274,10 +274,9 @@ class MeasurementMisfit(Misfit):
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         y, unexplained, *given = data
-        with full_precision(bands[0].device):
-            x = self.decomp.synthesis(bands)
+        x = self.decomp.synthesis(bands)
         return [(self.decomp.scales[-1], self._compare(x, y, unexplained, given))]
 
     def _compare(self, x: Tensor, y: Tensor, unexplained: Tensor, given: Sequence[Tensor]) -> Tensor:
-        with full_precision(x.device):
+        with full_precision(x.device):  # A noise model may be a user's.
             return self.noise.misfit(real(self.operator.predict(x, y, given)), real(y), unexplained)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
 from separable_hvae._validation import check_instance
 from separable_hvae.data_terms.base import BoundTerm, DataTerm, Misfit, piece
 from separable_hvae.decompositions.base import Decomposition
@@ -119,8 +118,7 @@ def _bind_whole(
             coarser = [None if band is None else band.detach() for band in bands[:index]]
             if not any(band is not None for band in coarser):
                 return [torch.zeros_like(x), x]
-            with full_precision(x.device):
-                return [model.decomp.synthesis(coarser), x]
+            return [model.decomp.synthesis(coarser), x]
         return [targets[index] if targets else _residual(model, index, bands, x), variance]
 
     misfit = LikelihoodMisfit(model.decomp, distance, model.likelihood, last, in_bands=targets is not None)
@@ -198,8 +196,7 @@ class SignalMisfit(Misfit):
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         x, variance = data
-        with full_precision(bands[0].device):
-            reconstruction = self.decomp.synthesis(bands)
+        reconstruction = self.decomp.synthesis(bands)
         return [(self.decomp.scales[-1], self.distance(pack(reconstruction), pack(x), variance))]
 
 
@@ -230,8 +227,7 @@ class LikelihoodMisfit(Misfit):
 
     @override
     def total(self, bands: Sequence[Tensor], data: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        with full_precision(bands[0].device):
-            mean = self.decomp.synthesis(bands)
+        mean = self.decomp.synthesis(bands)
         return [(self.decomp.scales[-1], self.likelihood.energy(Prediction(bands, mean), data[0]))]
 
 

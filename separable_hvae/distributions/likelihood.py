@@ -221,8 +221,7 @@ class LaplaceLikelihood(_OneSigma):
 
     @override
     def nll(self, prediction: Prediction, x: Tensor) -> Tensor:
-        error = pack(prediction.mean) - pack(x)
-        return laplace_energy(error, self.variance) + self.log_partition(error[0].numel())
+        return self.energy(prediction, x) + self.log_partition(pack(x)[0].numel())
 
     @override
     def energy(self, prediction: Prediction, x: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from separable_hvae._validation import check_generator, check_integer
 from separable_hvae.functional import finest
+from separable_hvae.model.batches import map_tensors
 from separable_hvae.nn import Observation, SubsetPass
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def log_likelihood(model: "HVAE", x: Tensor, samples: int, generator: torch.Gene
     for first in range(0, samples, at_once):
         count = min(at_once, samples - first)
         # Copies of each signal, one after the other.
-        *rows, conditions = pytree.tree_map_only(Tensor, partial(_repeated, count), parts)
+        *rows, conditions = map_tensors(partial(_repeated, count), parts)
         seen = Observation(*rows)
         passes = model.decoder([None] * model.depth, len(seen.x), seen, conditions, generator=generator)
         result = model.result(passes, x.dtype, seen.x)

@@ -4,12 +4,6 @@ r"""Standardised bands.
 
 over the training data: m_s for each coefficient, u_s one number for the band. Natural spectra span
 orders of magnitude and have a mean far from zero; networks see and predict numbers of order one.
-
-Against the mean signal, whatever latents say can raise log p(x | z) of a signal by no more than
-
-    E ‖x − m‖² / 2σ²                                                          nats on average,
-
-which they have to pay for with their KL. Where it is a few nats for a whole signal, none will be used.
 """
 
 import math
@@ -22,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from separable_hvae._float32 import full_precision
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.functional import as_plain, finest, is_recomputing, pack, widen
 from separable_hvae.model.batches import Batch, checked_batches
@@ -139,8 +132,9 @@ class Standardization(nn.Module):
         # could not use tensors made in inference mode.
         with torch.inference_mode(False):
             offset = signals.mean.flatten(1).mean(1)
-            centred = max(signals.square - float(offset.square().mean()), 0.0)
-            if float(offset.square().mean()) <= centred:
+            constant = float(offset.square().mean())
+            centred = max(signals.square - constant, 0.0)
+            if constant <= centred:
                 offset, centred = torch.zeros_like(offset), signals.square
             self.offset = offset.to(self.offset, copy=True)
             self.magnitude = torch.full_like(self.magnitude, math.sqrt(centred) or 1.0)
@@ -162,8 +156,7 @@ def moments_of(
     """
     moments: list[BandMoments] = []
     for x, _ in checked_batches(data, decomp, device):
-        with full_precision(x.device):
-            here = [BandMoments.of(part) for part in (*decomp.checked_analysis(x), pack(x))]
+        here = [BandMoments.of(part) for part in (*decomp.checked_analysis(x), pack(x))]
         moments = [a + b for a, b in zip(moments, here, strict=True)] if moments else here
         if moments[-1].count >= at_most and not isinstance(data, (Tensor, tuple, list)):
             break

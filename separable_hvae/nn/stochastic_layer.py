@@ -97,15 +97,16 @@ class StochasticLayer(nn.Module):
         """
         if self.residual_conv is not None and residual is not None:
             activation = activation + self.residual_conv(residual)
-        return Gaussian.from_params(self.posterior(torch.cat([self._on_grid(context), activation], dim=1)))
+        return Gaussian.from_params(self.posterior(torch.cat([self.on_grid(context), activation], dim=1)))
 
     def prior_features(self, context: Tensor) -> PriorFeatures:
         """What the layer makes of a context ``(B, width, *any grid)`` alone, whatever its latents."""
-        context = self._on_grid(context)
+        context = self.on_grid(context)
         out = self.prior(context)
         return PriorFeatures(out[:, : 2 * self.latent_channels], context + out[:, 2 * self.latent_channels :])
 
-    def _on_grid(self, context: Tensor) -> Tensor:
+    def on_grid(self, context: Tensor) -> Tensor:
+        """A context or picture ``(B, C, *any grid)`` on the layer's grid."""
         return context if context.shape[2:] == self.grid else resample(context, self.grid)
 
     @override

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from separable_hvae.decompositions.base import Decomposition
 from separable_hvae.distributions.gaussian import Gaussian, StackedGaussian
-from separable_hvae.functional import resample, widen
+from separable_hvae.functional import widen
 from separable_hvae.nn.heads import ScaleHead
 from separable_hvae.nn.stochastic_layer import PriorFeatures, StochasticLayer
 
@@ -178,9 +178,9 @@ class Subset(nn.Module):
         layer, residual = self.layers[m], None
         context = self._conditioned(m, context, condition)
         if evidence.target is not None and self.scales[m] == self.scale:
-            predicted = self._checked(self.head.read(_on_grid(context, layer.grid)))
+            predicted = self._checked(self.head.read(layer.on_grid(context)))
             picture = self.head.decomp.to_grid(self.scale, evidence.target - predicted)
-            residual = _on_grid(picture.to(context.dtype), layer.grid)
+            residual = layer.on_grid(picture.to(context.dtype))
         return layer.infer(context, evidence.activations[m], residual)
 
     def prior_features(self, m: int, context: Tensor, condition: SubsetCondition | None = None) -> PriorFeatures:
@@ -191,7 +191,7 @@ class Subset(nn.Module):
         """The context of layer ``m`` with the condition of the scale that begins there."""
         if condition is None or m not in self._begins:
             return context
-        return _on_grid(context, self.layers[m].grid) + condition.activations[self._begins[m]].to(context.dtype)
+        return self.layers[m].on_grid(context) + condition.activations[self._begins[m]].to(context.dtype)
 
     def _centre(self, condition: SubsetCondition | None) -> Tensor:
         return self.centre if condition is None or condition.centre is None else condition.centre
@@ -246,7 +246,3 @@ class Subset(nn.Module):
                 f"at scale {self.scale}, got {tuple(band.shape)}"
             )
         return band if band.dtype == torch.float32 else widen(band)
-
-
-def _on_grid(y: Tensor, grid: tuple[int, ...]) -> Tensor:
-    return y if y.shape[2:] == grid else resample(y, grid)

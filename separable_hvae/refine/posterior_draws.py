@@ -11,10 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from separable_hvae._validation import check_generator, check_instance, check_integer
 from separable_hvae.data_terms.base import DataTerm
+from separable_hvae.model.batches import map_tensors
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.refine import Refiner
 
@@ -69,7 +69,7 @@ def posterior_draws(
         )
     if model.condition is not None and condition is not None:
         model.condition.check(condition, len(known))
-    repeated = pytree.tree_map_only(Tensor, lambda t: t[numbers.to(t.device)], condition)
+    repeated = map_tensors(lambda t: t[numbers.to(t.device)], condition)
     decoded = refiner(model, many, generator, condition=repeated).reconstruction
     if generator is None:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")))

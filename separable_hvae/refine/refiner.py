@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from separable_hvae._contexts import eval_mode, refcounted
@@ -35,6 +34,7 @@ from separable_hvae._validation import (
 from separable_hvae.data_terms.base import BoundTerm, DataTerm
 from separable_hvae.data_terms.signal import Loss, Signal, check_loss
 from separable_hvae.functional import as_plain, per_sample, require_autograd
+from separable_hvae.model.batches import map_tensors
 from separable_hvae.model.hvae import HVAE
 from separable_hvae.model.latents import require_all
 from separable_hvae.model.result import Result
@@ -187,7 +187,7 @@ class Refiner(ABC):
             with torch.no_grad():
                 if model.condition is None or size >= len(term):
                     return model.conditions(condition, len(term))
-                some = pytree.tree_map_only(Tensor, operator.itemgetter(here), condition)
+                some = map_tensors(operator.itemgetter(here), condition)
                 return model.conditions(some, len(range(len(term))[here]))
 
         if model.condition is not None and condition is not None:

@@ -21,7 +21,6 @@ from typing import Any, Protocol, TypedDict, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
-from typing_extensions import Unpack
 
 from separable_hvae._validation import check_flag, plain
 from separable_hvae._version import __version__
@@ -62,7 +61,7 @@ S = TypeVar("S", bound=Saveable)
 
 
 class LoadOptions(TypedDict, total=False):
-    """Options of :func:`load`."""
+    """Options of :func:`load`, for methods that pass them on."""
 
     classes: Sequence[type[nn.Module]]
     trust_import_paths: bool
@@ -71,7 +70,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 class PushOptions(TypedDict, total=False):
-    """Options of :func:`push`."""
+    """Options of :func:`push`, for methods that pass them on."""
 
     private: bool | None
     token: str | None
@@ -112,7 +111,15 @@ def save(model: Saveable, folder: str | os.PathLike[str]) -> None:
     model_folder.write(place, settings, _state(cast(nn.Module, model))[0], _card(model))
 
 
-def load(cls: type[S], source: str | os.PathLike[str], **options: Unpack[LoadOptions]) -> S:
+def load(
+    cls: type[S],
+    source: str | os.PathLike[str],
+    *,
+    classes: Sequence[type[nn.Module]] = (),
+    trust_import_paths: bool = False,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> S:
     """Load what :func:`save` wrote, in eval mode.
 
     Args:
@@ -125,17 +132,12 @@ def load(cls: type[S], source: str | os.PathLike[str], **options: Unpack[LoadOpt
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        TypeError: If ``classes`` holds anything but decompositions and heads, or another argument has
-            the wrong type.
+        TypeError: If ``classes`` holds anything but such classes, or another argument has the wrong type.
         ValueError: If a file is missing, truncated, altered or of a newer format, or does not fit
             the model, a class is unknown, or there is no such device; the message names the file and
             the reason.
         ImportError: If ``source`` is a hub id and the extra ``hub`` is not installed.
     """
-    classes, device = options.get("classes", ()), options.get("device", "cpu")
-    trust_import_paths = options.get("trust_import_paths", False)
-    if unknown := sorted(set(options) - set(LoadOptions.__annotations__)):
-        raise TypeError(f"from_pretrained takes {sorted(LoadOptions.__annotations__)}, got {unknown}")
     check_flag("trust_import_paths", trust_import_paths)
     _check_device(device)
     if not isinstance(classes, Sequence):
@@ -145,7 +147,7 @@ def load(cls: type[S], source: str | os.PathLike[str], **options: Unpack[LoadOpt
         if not (isinstance(c, type) and issubclass(c, bases)):
             names = ", ".join(base.__name__ for base in bases)
             raise TypeError(f"classes must hold subclasses of {names}, got {c!r}")
-    folder = _folder(source, options.get("revision"))
+    folder = _folder(source, revision)
     settings, tensors, version = model_folder.read(folder)
     # Parameters made in inference mode could not be trained; loading is no draw of random numbers.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -162,7 +164,15 @@ def load(cls: type[S], source: str | os.PathLike[str], **options: Unpack[LoadOpt
     return model
 
 
-def push(model: Saveable, repo_id: str, **options: Unpack[PushOptions]) -> str:
+def push(
+    model: Saveable,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    commit_message: str = "Upload model",
+) -> str:
     """Upload the model to the Hugging Face hub; a model card that is there already is kept.
 
     Args:
@@ -176,11 +186,8 @@ def push(model: Saveable, repo_id: str, **options: Unpack[PushOptions]) -> str:
     Raises:
         ImportError: If the extra ``hub`` is not installed.
     """
-    if unknown := sorted(set(options) - set(PushOptions.__annotations__)):
-        raise TypeError(f"push_to_hub takes {sorted(PushOptions.__annotations__)}, got {unknown}")
-    branch, commit_message = options.get("branch"), options.get("commit_message", "Upload model")
-    api = _hub("push_to_hub").HfApi(token=options.get("token"))
-    repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+    api = _hub("push_to_hub").HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     kept = [model_folder.CARD] if api.file_exists(repo_id, model_folder.CARD, revision=branch) else []
